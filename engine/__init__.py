@@ -1,0 +1,1 @@
+"""Freeze a tree, read it into an image set, build a tree from an image set."""

@@ -1,0 +1,109 @@
+"""The shape of a tree: parents, sessions, process groups, and which kernel objects processes share.
+
+Source: CRIU's pstree and core images (task_kobj_ids_entry), kcmp(2), namespaces(7).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cmp_to_key
+from itertools import count, pairwise
+from typing import Final
+
+from phaul.engine import native
+from phaul.engine.proc import Proc
+from phaul.engine.source import SourceProcess
+from phaul.errors import CannotMove
+from phaul.images.imageset import ImageSet
+from phaul.images.pb.core_pb2 import task_kobj_ids_entry
+from phaul.images.pb.pstree_pb2 import pstree_entry
+
+# Namespace links of /proc/PID/ns and their field in the ids; all but time must be ours.
+_NAMESPACES: Final = ("pid", "net", "ipc", "uts", "mnt", "user", "cgroup", "time")
+_OBJECTS: Final = {
+    "vm_id": (native.KCMP_VM, "its memory"),
+    "files_id": (native.KCMP_FILES, "its descriptor table"),
+    "fs_id": (native.KCMP_FS, "its working directory"),
+    "sighand_id": (native.KCMP_SIGHAND, "its signal handlers"),
+}
+_ORDER: Final = {0: 0, 1: -1, 2: 1}
+
+
+def check(pids: list[int], shell_job: bool) -> None:
+    """Refuse shapes that cannot be rebuilt; looks at /proc only.
+
+    Raises:
+        CannotMove: a session or group from outside, or another namespace than ours.
+    """
+    inside = set(pids)
+    for pid in pids:
+        proc = Proc(pid)
+        group, session = int(proc.stat[5]), int(proc.stat[6])
+        if session not in inside and not shell_job:
+            raise CannotMove(
+                pid,
+                "session",
+                f"belongs to session {session}, whose leader is not in the tree (start it with setsid, "
+                "or use --shell-job)",
+            )
+        if group not in inside and not shell_job:
+            raise CannotMove(pid, "process group", f"belongs to group {group}, whose leader is not in the tree")
+        for name in _NAMESPACES[:-1]:
+            try:
+                if proc.link(f"ns/{name}") != Proc(os.getpid()).link(f"ns/{name}"):
+                    raise CannotMove(pid, f"{name} namespace", "is not that of phaul; run phaul inside of it")
+            except FileNotFoundError:
+                continue  # the kernel has no such namespaces
+
+
+def dump(processes: list[SourceProcess], images: ImageSet) -> None:
+    """Add pstree, and fill in the ids of every process.
+
+    Raises:
+        CannotMove: two processes share what only threads may.
+    """
+    for process in processes:
+        stat = process.proc.stat
+        entry = pstree_entry(
+            pid=process.pid,
+            ppid=process.parent.pid if process.parent else 0,
+            pgid=int(stat[5]),
+            sid=int(stat[6]),
+            threads=[thread.tid for thread in process.threads],
+        )
+        images.add("pstree", entry)
+    _number_objects(processes)
+    _number_namespaces(processes)
+
+
+def _number_objects(processes: list[SourceProcess]) -> None:
+    for process in processes:
+        process.ids = task_kobj_ids_entry(vm_id=0, files_id=0, fs_id=0, sighand_id=0)
+    for field, (kind, what) in _OBJECTS.items():
+
+        def order(a: SourceProcess, b: SourceProcess, kind: int = kind) -> int:
+            return _ORDER[native.syscall("kcmp", a.pid, b.pid, kind, 0, 0)]
+
+        ordered = sorted(processes, key=cmp_to_key(order))
+        for a, b in pairwise(ordered):
+            if order(a, b) == 0:
+                raise CannotMove(b.pid, "process", f"shares {what} with PID {a.pid} (clone), cannot be moved")
+        for number, process in zip(count(1), processes, strict=False):
+            setattr(process.ids, field, number)
+
+
+def namespace_ids(pid: int, known: dict[bytes, int]) -> dict[str, int]:
+    """Ids of a process's namespaces (field name -> id); `known` maps namespace links to ids given so far."""
+    found = {}
+    for name in _NAMESPACES:
+        if os.path.exists(f"/proc/{pid}/ns/{name}"):
+            link = Proc(pid).link(f"ns/{name}")
+            found[f"{name}_ns_id"] = known.setdefault(link, len(known) + 1)
+    return found
+
+
+def _number_namespaces(processes: list[SourceProcess]) -> None:
+    known: dict[bytes, int] = {}
+    for process in processes:
+        for field, number in namespace_ids(process.pid, known).items():
+            setattr(process.ids, field, number)

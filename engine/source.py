@@ -1,0 +1,264 @@
+"""The source side's view of a tree: find its tasks, stop them, let them go on as if nothing had been."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from phaul.engine import native
+from phaul.engine.batch import Batch
+from phaul.engine.inject import EINTR, SourceRunner, deliverable, resumed, signed
+from phaul.engine.native import Registers
+from phaul.engine.proc import Mapping, Proc
+from phaul.errors import CannotMove, DumpError, NoSuchProcess, NotPermitted
+from phaul.images.pb.core_pb2 import core_entry, task_kobj_ids_entry
+
+SEIZE_OPTIONS = native.O_TRACESYSGOOD | native.O_SUSPEND_SECCOMP
+KILL_TIMEOUT = 30.0
+
+
+@dataclass(eq=False)
+class SourceThread:
+    """A stopped thread. `regs` are as it was stopped; batches leave them alone."""
+
+    tid: int
+    process: SourceProcess
+    regs: Registers
+    core: core_entry = field(default_factory=core_entry)
+
+    @property
+    def proc(self) -> Proc:
+        return Proc(self.process.pid, self.tid)
+
+    def batch(self) -> Batch:
+        """A batch of system calls for this thread, crash-safe (phaul.engine.inject)."""
+        process = self.process
+        return Batch(SourceRunner(process.pid, self.tid, self.regs, process.maps, process.mem_fd))
+
+    @property
+    def signal_waits(self) -> bool:
+        """Whether a signal is pending that the thread does not block."""
+        return deliverable(self.proc, self.regs.sigmask)
+
+
+@dataclass(eq=False)
+class SourceProcess:
+    """A process of a stopped tree; `threads[0]` is its leader."""
+
+    pid: int
+    parent: SourceProcess | None
+    threads: list[SourceThread] = field(default_factory=list)
+    children: list[SourceProcess] = field(default_factory=list)
+    ids: task_kobj_ids_entry = field(default_factory=task_kobj_ids_entry)
+
+    @cached_property
+    def proc(self) -> Proc:
+        """/proc/PID as of the stop."""
+        return Proc(self.pid)
+
+    @cached_property
+    def maps(self) -> list[Mapping]:
+        """All mappings, with VmFlags."""
+        return self.proc.smaps()
+
+    @cached_property
+    def mem_fd(self) -> int:
+        return self.proc.open("mem", os.O_RDWR)
+
+    @cached_property
+    def pidfd(self) -> int:
+        return os.pidfd_open(self.pid)
+
+    @property
+    def core(self) -> core_entry:
+        return self.threads[0].core
+
+    def close(self) -> None:
+        for name in ("mem_fd", "pidfd"):
+            if name in self.__dict__:
+                os.close(self.__dict__.pop(name))
+
+
+def check_process(pid: int) -> Proc:
+    """The process, if it is one that can be looked at at all.
+
+    Raises:
+        NotPermitted: we are not root. NoSuchProcess: no such PID, or a kernel thread, or a zombie.
+    """
+    if os.geteuid() != 0:
+        raise NotPermitted("phaul must run as root")
+    proc = Proc(pid)
+    if not proc.root.exists():
+        raise NoSuchProcess(f"PID {pid}: no such process")
+    if proc.status.get("Tgid") != str(pid):
+        raise NoSuchProcess(f"PID {pid}: is a thread of PID {proc.status.get('Tgid')}, not a process")
+    if proc.is_kernel_thread():
+        raise NoSuchProcess(f"PID {pid}: is a kernel thread ({proc.comm.decode(errors='replace')})")
+    if pid == os.getpid():
+        raise NoSuchProcess(f"PID {pid}: is phaul itself")
+    return proc
+
+
+def tree_pids(root: int) -> list[int]:
+    """The PIDs of a running tree, parents first: a snapshot that may be stale at once."""
+    found, todo = [], [root]
+    while todo:
+        pid = todo.pop(0)
+        with contextlib.suppress(NoSuchProcess):
+            todo += Proc(pid).children()
+            found.append(pid)
+    return found
+
+
+class SourceTree:
+    """All tasks of a process and its descendants.
+
+    `freeze` must be called, and everything else done, on one thread: only that thread is their tracer.
+    """
+
+    def __init__(self, root: int) -> None:
+        self.root_pid = root
+        self.processes: list[SourceProcess] = []
+        self.frozen_at = 0.0
+        self._seized: dict[int, int] = {}  # tid -> pid
+        self._held = False
+
+    @property
+    def root(self) -> SourceProcess:
+        return self.processes[0]
+
+    @property
+    def threads(self) -> list[SourceThread]:
+        return [thread for process in self.processes for thread in process.threads]
+
+    def freeze(self) -> None:
+        """Stop every task. On any error all go on as before.
+
+        Raises:
+            CannotMove: a task is traced by somebody else, is stopped, or is a zombie.
+            NoSuchProcess, NotPermitted: see `check_process`.
+        """
+        check_process(self.root_pid)
+        self.frozen_at = time.monotonic()
+        try:
+            tree = self._stop_all()
+            self._describe(tree)
+        except BaseException:
+            self.thaw()
+            raise
+
+    def _stop_all(self) -> dict[int, tuple[int, list[int]]]:
+        """Stop tasks until no new one is found. Returns pid -> (parent pid, tids)."""
+        while True:
+            tree: dict[int, tuple[int, list[int]]] = {}
+            todo = [(self.root_pid, 0)]
+            while todo:
+                pid, parent = todo.pop(0)
+                try:
+                    tree[pid] = (parent, Proc(pid).tids())
+                    todo += [(child, pid) for child in Proc(pid).children()]
+                except NoSuchProcess:
+                    if pid == self.root_pid:
+                        raise
+            new = {tid: pid for pid, (_, tids) in tree.items() for tid in tids if tid not in self._seized}
+            if not new:
+                return tree
+            self._stop(new)
+
+    def _stop(self, tids: dict[int, int]) -> None:
+        statuses = native.stop(list(tids), SEIZE_OPTIONS)
+        stopped = dict(zip(tids, statuses, strict=True))
+        self._seized |= {tid: tids[tid] for tid, status in stopped.items() if status > 0}
+        for tid, status in stopped.items():
+            if status > 0 and os.WSTOPSIG(status & 0xFFFF) != signal.SIGTRAP:
+                raise CannotMove(tids[tid], f"task {tid}", "is stopped by a signal; continue it first")
+            if status < 0:
+                self._explain(tids[tid], tid, -status)
+
+    @staticmethod
+    def _explain(pid: int, tid: int, error: int) -> None:
+        """Say why a task could not be stopped; returns if it has ended by itself."""
+        try:
+            status = Proc(pid, tid).status
+        except NoSuchProcess:
+            return
+        tracer = status.get("TracerPid", "0")
+        if tracer != "0":
+            raise CannotMove(pid, f"task {tid}", f"is traced by PID {tracer}")
+        if status["State"][0] in "ZX":
+            if tid != pid:
+                return
+            raise CannotMove(pid, "process", "has ended but was not waited for by its parent")
+        raise NotPermitted(f"task {tid} of PID {pid} cannot be stopped: {os.strerror(error)}")
+
+    def _describe(self, tree: dict[int, tuple[int, list[int]]]) -> None:
+        found: dict[int, SourceProcess] = {}
+        for pid, (parent, tids) in tree.items():
+            process = SourceProcess(pid, found.get(parent))
+            process.threads = [SourceThread(tid, process, native.get_registers(tid)) for tid in tids]
+            if process.parent:
+                process.parent.children.append(process)
+            found[pid] = process
+        self.processes = list(found.values())
+
+    def thaw(self) -> None:
+        """Let every task go on as if it had never been stopped. Idempotent."""
+        for thread in self.threads:
+            regs = thread.regs
+            # The kernel restarts other calls by itself; this one it would let fail because of us.
+            if signed(regs.gpr["ax"]) == EINTR and signed(regs.gpr["orig_ax"]) >= 0:
+                with contextlib.suppress(OSError):
+                    native.set_general_registers(thread.tid, resumed(regs, thread.signal_waits))
+        if self._held:
+            for process in self.processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGCONT)
+            self._held = False
+        for tid in self._seized:
+            with contextlib.suppress(ProcessLookupError):
+                native.ptrace(native.PTRACE_DETACH, tid)
+        self._forget()
+
+    def hold(self) -> None:
+        """Also stop the tree by SIGSTOP, pending under our stop: it stays stopped if we die."""
+        for process in self.processes:
+            os.kill(process.pid, signal.SIGSTOP)
+        self._held = True
+
+    def leave_held(self) -> None:
+        """Go away without waking the tree (after `hold`)."""
+        for tid in self._seized:
+            with contextlib.suppress(ProcessLookupError):
+                native.ptrace(native.PTRACE_DETACH, tid)
+        self._forget()
+
+    def kill(self) -> None:
+        """SIGKILL every process and wait until all are gone.
+
+        Raises:
+            DumpError: a process is still there after 30 s.
+        """
+        for process in self.processes:
+            signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
+        # A tracee's end is reported to us first, then to its parent; a leader's not before its threads'.
+        for tid in reversed(self._seized):
+            with contextlib.suppress(ChildProcessError, ProcessLookupError):
+                while os.WIFSTOPPED(native.wait(tid)):
+                    pass
+        deadline = time.monotonic() + KILL_TIMEOUT
+        for process in self.processes:
+            poll = select.poll()
+            poll.register(process.pidfd, select.POLLIN)
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise DumpError(f"PID {process.pid} does not end")
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seized.clear()
+        for process in self.processes:
+            process.close()

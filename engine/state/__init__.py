@@ -1,0 +1,1 @@
+"""One kind of kernel state, one file: how it is read, and how it is rebuilt."""

@@ -1,0 +1,474 @@
+"""What every kind of open file has in common.
+
+    FileKind    one kind: which files it claims, how they are read, how they are made again
+    OpenFile    one open file description of a source process, and who has it open
+    OpenFiles   all open file descriptions of a process tree
+    FileDump    one dump: where the entries go, and the ids
+    FileBuild   one restore: where the entries come from, and the descriptors made so far
+
+A description is what open(2) makes and dup(2), fork(2) and SCM_RIGHTS share: flags, position and owner belong
+to it. The kinds are found by looking through the modules of this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import os
+import pkgutil
+import resource
+import socket
+import stat
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+
+from phaul.engine import native
+from phaul.errors import CannotMove, DumpError, ImageError, NoSuchProcess, RestoreError
+from phaul.images.imageset import ImageSet
+from phaul.images.pb.fdinfo_pb2 import fd_types, fdinfo_entry, file_entry
+from phaul.images.pb.fown_pb2 import fown_entry
+
+if TYPE_CHECKING:
+    from phaul.engine.batch import Batch
+    from phaul.engine.sockdiag import UnixSocket
+
+# linux/fcntl.h; the fcntl module does not have them.
+F_SETSIG: Final = 10
+F_GETSIG: Final = 11
+F_SETOWN_EX: Final = 15
+F_GETOWN_EX: Final = 16
+F_GETOWNER_UIDS: Final = 17
+_OWNER = struct.Struct("2i")
+_UIDS = struct.Struct("2I")
+
+# What fcntl(F_SETFL) can change.
+SETTABLE_FLAGS: Final = os.O_APPEND | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
+
+
+class FileOptions(Protocol):
+    """The options of a dump that kinds of files look at (`phaul.engine.dump.DumpOptions` has them)."""
+
+    @property
+    def tcp_close(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """A descriptor that refers to a description."""
+
+    pid: int
+    fd: int
+    cloexec: bool
+
+
+@dataclass(slots=True, eq=False)
+class OpenFile:
+    """One open file description, as /proc shows it.
+
+    Attributes:
+        resource: what to call it in messages to the user, after the PID `pid` ("fd 7").
+        link: where /proc/PID/fd/N points ("/etc/hosts", "pipe:[1234]").
+        flags: O_* as in f_flags, without O_CLOEXEC.
+        info: the lines of /proc/PID/fdinfo/N behind the common ones.
+        users: the descriptors that refer to it, in the order of the processes; none for a file that was not
+            found in a descriptor table (a working directory, a mapped file).
+    """
+
+    pid: int
+    resource: str
+    path: str
+    link: str
+    stat: os.stat_result
+    flags: int
+    pos: int = 0
+    mnt_id: int = -1
+    info: tuple[str, ...] = ()
+    users: list[User] = field(default_factory=list)
+    _fd: int = -1
+    _socket: socket.socket | None = None
+
+    def lines(self, key: str) -> Iterator[str]:
+        """The values of all fdinfo lines with this key."""
+        for line in self.info:
+            name, _, value = line.partition(":")
+            if name == key:
+                yield value.strip()
+
+    def refuse(self, reason: str) -> CannotMove:
+        """The error that names this file as the reason why the tree cannot be moved."""
+        return CannotMove(self.pid, self.resource, reason)
+
+    def dup(self) -> int:
+        """A descriptor of this description in our process; kept until `close`.
+
+        Whoever changes position, flags or options through it changes them for the owner.
+        """
+        if self._fd < 0:
+            user = self.users[0]
+            pidfd = os.pidfd_open(user.pid)
+            try:
+                self._fd = native.syscall("pidfd_getfd", pidfd, user.fd, 0)
+            except OSError as error:
+                raise DumpError(f"{self.resource} of PID {self.pid}: cannot be read: {error.strerror}") from error
+            finally:
+                os.close(pidfd)
+        return self._fd
+
+    @property
+    def socket(self) -> socket.socket:
+        """`dup` as a socket object, closed by `close`. Only for sockets."""
+        if self._socket is None:
+            self._socket = socket.socket(fileno=self.dup())
+        return self._socket
+
+    def owner(self) -> fown_entry:
+        """Who gets SIGIO (F_GETOWN_EX, F_GETOWNER_UIDS) and which signal that is (F_GETSIG)."""
+        if self.flags & os.O_PATH or not self.users:
+            return no_owner()
+        fd = self.dup()
+        pid_type, pid = _OWNER.unpack(fcntl.fcntl(fd, F_GETOWN_EX, bytes(_OWNER.size)))
+        uid, euid = 0, 0
+        if pid:
+            uid, euid = _UIDS.unpack(fcntl.fcntl(fd, F_GETOWNER_UIDS, bytes(_UIDS.size)))
+        return fown_entry(uid=uid, euid=euid, signum=fcntl.fcntl(fd, F_GETSIG), pid_type=pid_type, pid=pid)
+
+    def close(self) -> None:
+        """Drop our descriptor, if there is one. `dup` may be called again."""
+        if self._socket is not None:
+            self._socket.detach()
+            self._socket = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def no_owner() -> fown_entry:
+    """The owner of a file that has none."""
+    return fown_entry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
+
+
+def _read_table(pid: int) -> Iterator[tuple[User, OpenFile]]:
+    directory = f"/proc/{pid}/fd"
+    try:
+        numbers = sorted(map(int, os.listdir(directory)))
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise NoSuchProcess(f"PID {pid}: no such process") from error
+    for number in numbers:
+        path = f"{directory}/{number}"
+        try:
+            link, status = os.readlink(path), os.stat(path)
+            with open(f"/proc/{pid}/fdinfo/{number}", "rb") as file:
+                pos, flags, mnt_id, *info = file.read().decode(errors="surrogateescape").splitlines()
+        except FileNotFoundError:
+            continue  # closed meanwhile: only while the process runs
+        all_flags = int(flags.split()[1], 8)
+        user = User(pid, number, bool(all_flags & os.O_CLOEXEC))
+        yield user, OpenFile(
+            pid,
+            f"fd {number}",
+            path,
+            link,
+            status,
+            all_flags & ~os.O_CLOEXEC,
+            int(pos.split()[1]),
+            int(mnt_id.split()[1]),
+            tuple(info),
+        )
+
+
+def same_order(a: User, b: User) -> int:
+    """0 if both descriptors refer to one description, else 1 or 2: an order (kcmp(2), KCMP_FILE)."""
+    return native.syscall("kcmp", a.pid, b.pid, native.KCMP_FILE, a.fd, b.fd)
+
+
+def _group(key_mates: list[OpenFile], user: User) -> OpenFile | int:
+    """The file among `key_mates` (sorted by kcmp) that `user` refers to, or where a new one belongs."""
+    low, high = 0, len(key_mates)
+    while low < high:
+        middle = (low + high) // 2
+        order = same_order(user, key_mates[middle].users[0])
+        if order == 0:
+            return key_mates[middle]
+        if order == 1:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+class OpenFiles:
+    """All open file descriptions of some processes.
+
+    Attributes:
+        all: every description once, in the order of processes and numbers.
+        tables: PID -> number -> description.
+        by_inode: (st_dev, st_ino) -> descriptions.
+    """
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        """Read the descriptor tables. Exact only while the processes are stopped."""
+        self.all: list[OpenFile] = []
+        self.tables: dict[int, dict[int, OpenFile]] = {}
+        self.by_inode: dict[tuple[int, int], list[OpenFile]] = {}
+        mates: dict[object, list[OpenFile]] = {}
+        for pid in pids:
+            table = self.tables[pid] = {}
+            for user, found in _read_table(pid):
+                # kcmp only decides among files that look the same. What timerfds show changes with time.
+                info = () if found.link == "anon_inode:[timerfd]" else found.info
+                key = (found.link, found.stat.st_dev, found.stat.st_ino, found.flags, found.pos, found.mnt_id, info)
+                group = mates.setdefault(key, [])
+                known = _group(group, user)
+                if isinstance(known, int):
+                    group.insert(known, found)
+                    self.all.append(found)
+                    self.by_inode.setdefault((found.stat.st_dev, found.stat.st_ino), []).append(found)
+                    known = found
+                known.users.append(user)
+                table[user.fd] = known
+
+    def of_inode(self, file: OpenFile) -> list[OpenFile]:
+        """All descriptions of the same inode, `file` included."""
+        return self.by_inode[file.stat.st_dev, file.stat.st_ino]
+
+    @cached_property
+    def sockets(self) -> dict[int, OpenFile]:
+        """Sockets by inode number (a socket has one description)."""
+        return {file.stat.st_ino: file for file in self.all if stat.S_ISSOCK(file.stat.st_mode)}
+
+    @cached_property
+    def unix(self) -> dict[int, UnixSocket]:
+        """What sock_diag tells of the unix sockets of our network namespace, by inode number."""
+        from phaul.engine.sockdiag import unix_sockets
+
+        return unix_sockets()
+
+    def close(self) -> None:
+        """Drop all descriptors that `OpenFile.dup` has made."""
+        for file in self.all:
+            file.close()
+
+
+class FileDump:
+    """One dump of files: gives out ids and collects entries.
+
+    Attributes:
+        files: all descriptions of the tree.
+        ids, types: description -> its id in files.img, its kind's number.
+        paths: ids by other keys, for what is in no descriptor table.
+    """
+
+    def __init__(self, images: ImageSet, options: FileOptions, files: OpenFiles) -> None:
+        self.images, self.options, self.files = images, options, files
+        self.ids: dict[OpenFile, int] = {}
+        self.types: dict[OpenFile, fd_types] = {}
+        self.paths: dict[object, int] = {}
+        self._seen: set[object] = set()
+        self._last_id = 0
+
+    def new_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    def add(self, entry: file_entry) -> None:
+        """Append to files.img."""
+        self.images.add("files", entry)
+
+    def once(self, key: object) -> bool:
+        """True the first time that it is asked about a key."""
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        return True
+
+
+class FileBuild:
+    """One restore of files: all open descriptions of a tree, made in our process.
+
+    Attributes:
+        entries: file_entry by id.
+        fds: id -> descriptor in our process (close-on-exec), kept until `close`.
+        tables: name of an fdinfo image -> descriptor number -> id of the file.
+        shared: what kinds keep for the time of a restore, by a key of their own.
+        cleanup: runs at `close`; for descriptors that are needed only while building.
+    """
+
+    def __init__(self, images: ImageSet, root: str = "/") -> None:
+        self.images, self.root = images, root
+        self.entries = {entry.id: entry for entry in images.messages("files", file_entry)}
+        self.fds: dict[int, int] = {}
+        self.tables: dict[str, dict[int, int]] = {}
+        for name in images.names():
+            if name.startswith("fdinfo-"):
+                descriptors = images.messages(name, fdinfo_entry)
+                self.tables[name] = {descriptor.fd: descriptor.id for descriptor in descriptors}
+        self.shared: dict[object, Any] = {}
+        self.cleanup = contextlib.ExitStack()
+        self._last: list[Callable[[], None]] = []
+
+    def path(self, name: str) -> str:
+        """Where a path of the image is on this host."""
+        return os.path.join(self.root, name.lstrip("/"))
+
+    def open(self, file_id: int) -> int:
+        """The descriptor of a file, which is created if it is not there yet.
+
+        Raises:
+            ImageError: there is no such file in the image.
+            RestoreError: it cannot be made here.
+        """
+        if file_id not in self.fds:
+            entry = self.entries.get(file_id)
+            if entry is None:
+                raise ImageError(f"files: there is no file with id {file_id}")
+            kind = kind_of(entry.type)
+            try:
+                self.fds.setdefault(file_id, kind.create(entry, self))
+            except OSError as error:
+                raise RestoreError(f"{kind.name} (file {file_id}): {error}") from error
+        return self.fds[file_id]
+
+    def adopt(self, file_id: int, fd: int) -> int:
+        """Set the descriptor of a file that was made together with another one. Returns it."""
+        self.fds[file_id] = fd
+        return fd
+
+    def keep_until_close(self, fd: int) -> int:
+        """A descriptor that is closed together with all others. Returns it."""
+        self.cleanup.callback(os.close, fd)
+        return fd
+
+    def later(self, step: Callable[[], None]) -> None:
+        """Have `step` called when all files have been built."""
+        self._last.append(step)
+
+    def run_last(self) -> None:
+        """Make the calls that `later` has put off."""
+        for step in self._last:
+            step()
+        self._last.clear()
+
+    def close(self) -> None:
+        """Close all descriptors in our process; what the tree has got stays."""
+        self.cleanup.close()
+        while self.fds:
+            os.close(self.fds.popitem()[1])
+
+
+class FileKind:
+    """One kind of open file. A subclass in a module of this package is found by itself.
+
+    Attributes:
+        name: for messages ("pipe").
+        type: its number in fdinfo and files images.
+        field: the member of file_entry that holds it.
+    """
+
+    name: ClassVar[str]
+    type: ClassVar[fd_types]
+    field: ClassVar[str]
+
+    def claims(self, file: OpenFile) -> bool:
+        """Whether a file is of this kind. Exactly one kind may say so; without side effects."""
+        raise NotImplementedError
+
+    def check(self, file: OpenFile, files: OpenFiles, options: FileOptions) -> None:
+        """Refuse a file of this kind that cannot be moved; changes nothing, the owner may be running.
+
+        Raises:
+            CannotMove: with the reason.
+        """
+
+    def dump(self, file: OpenFile, file_id: int, dump: FileDump) -> file_entry:
+        """The entry of a file that `check` has let through; its content goes to `dump.images`.
+
+        The processes are stopped. The file is left as it was found.
+        """
+        raise NotImplementedError
+
+    def create(self, entry: file_entry, build: FileBuild) -> int:
+        """Make the file anew in our process. Returns the descriptor, which is close-on-exec."""
+        raise NotImplementedError
+
+    def finish(self, entry: file_entry, fd: int, build: FileBuild) -> None:
+        """What can be done only when all files of the tree have been created."""
+
+    def attach(self, entry: file_entry, fd: int, table: str, build: FileBuild, call: Batch) -> None:
+        """Add calls to be made in a process whose descriptors have all got their numbers.
+
+        Args:
+            fd: the lowest number of this file there.
+            table: name of the process's fdinfo image (`build.tables`).
+        """
+
+    def parameters(self, entry: file_entry, build: FileBuild) -> tuple[int, fown_entry]:
+        """Flags (O_*) and owner, which are set at the very end."""
+        message = getattr(entry, self.field)
+        return message.flags, message.fown
+
+
+@cache
+def kinds() -> tuple[FileKind, ...]:
+    """One object of every kind."""
+    found: list[FileKind] = []
+    package = __name__.rpartition(".")[0]
+    for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        module = importlib.import_module(f"{package}.{info.name}")
+        found += [
+            cls()
+            for cls in vars(module).values()
+            if isinstance(cls, type) and issubclass(cls, FileKind) and "name" in vars(cls)
+            if cls.__module__ == module.__name__
+        ]
+    return tuple(found)
+
+
+def kind_of(number: int) -> FileKind:
+    """The kind with this number. Raises ImageError if none has it."""
+    for kind in kinds():
+        if kind.type == number:
+            return kind
+    name = fd_types.Name(fd_types.ValueType(number)) if number in fd_types.values() else str(number)
+    raise ImageError(f"files: files of type {name} cannot be restored")
+
+
+def set_parameters(fd: int, flags: int, owner: fown_entry) -> None:
+    """Set flags that fcntl(2) can change, the signal and the owner of SIGIO.
+
+    The owner process must exist. Its uids become ours, as F_SETOWN has it.
+    """
+    if flags & os.O_PATH:
+        return
+    if owner.signum:
+        fcntl.fcntl(fd, F_SETSIG, owner.signum)
+    if owner.pid:
+        fcntl.fcntl(fd, F_SETOWN_EX, _OWNER.pack(owner.pid_type, owner.pid))
+    # After the owner: O_ASYNC sends from now on.
+    if (fcntl.fcntl(fd, fcntl.F_GETFL) ^ flags) & SETTABLE_FLAGS:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags & SETTABLE_FLAGS)
+
+
+def allow_many_files(count: int) -> None:
+    """Raise our own limit of open files, as far as it goes, to hold `count` more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if count + 256 > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def inode_owners(link: str, without: Iterable[int]) -> str:
+    """Who else has a pipe or socket open: "PID 12 (sleep)", or "" if nobody is found."""
+    excluded = {os.getpid(), *without}
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) in excluded:
+            continue
+        with contextlib.suppress(OSError):
+            for fd in os.listdir(f"/proc/{name}/fd"):
+                with contextlib.suppress(FileNotFoundError):
+                    if os.readlink(f"/proc/{name}/fd/{fd}") == link:
+                        with open(f"/proc/{name}/comm") as comm:
+                            return f"PID {name} ({comm.read().strip()})"
+    return ""

@@ -1,0 +1,168 @@
+"""epoll(7): which files are watched, for what.
+
+A watch belongs to a description *and* to the number that the descriptor had when it was added. The image holds a
+number that leads to the description now, so that the watches can be added again by the process itself, when
+all its descriptors are in place (epoll files may watch each other).
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import re
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from phaul.engine import native
+from phaul.engine.state.files.base import FileBuild, FileDump, FileKind, FileOptions, OpenFile, OpenFiles, User
+from phaul.errors import ImageError
+from phaul.images.pb.eventpoll_pb2 import eventpoll_file_entry, eventpoll_tfd_entry
+from phaul.images.pb.fdinfo_pb2 import fd_types, file_entry
+
+if TYPE_CHECKING:
+    from phaul.engine.batch import Batch
+
+_WATCH = re.compile(
+    r"tfd:\s*(\d+)\s+events:\s*([0-9a-f]+)\s+data:\s*([0-9a-f]+)\s+pos:\s*(-?\d+)\s+ino:([0-9a-f]+)\s+sdev:([0-9a-f]+)"
+)
+_EPOLL_EVENT = struct.Struct("<IQ")  # packed on x86-64
+EPOLL_CTL_ADD: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """One line of an epoll's fdinfo.
+
+    Attributes:
+        tfd: the number when it was added.
+        nth: how many watches with the same number come before it (kcmp(2), struct kcmp_epoll_slot).
+        device: s_dev of the file system, as the kernel has it (major << 20 | minor).
+    """
+
+    tfd: int
+    nth: int
+    events: int
+    data: int
+    pos: int
+    inode: int
+    device: int
+
+
+def watches(file: OpenFile) -> list[Watch]:
+    """The watches of an epoll, as it was read."""
+    found: list[Watch] = []
+    seen: dict[int, int] = {}
+    for line in file.info:
+        match = _WATCH.match(line)
+        if match:
+            tfd, nth = int(match[1]), seen.get(int(match[1]), 0)
+            seen[tfd] = nth + 1
+            events, data, inode, device = (int(match[i], 16) for i in (2, 3, 5, 6))
+            found.append(Watch(tfd, nth, events, data, int(match[4]), inode, device))
+    return found
+
+
+def _kernel_device(status_dev: int) -> int:
+    """st_dev (glibc's encoding) as the kernel's dev_t."""
+    return os.major(status_dev) << 20 | os.minor(status_dev)
+
+
+def _watches(epoll: User, watch: Watch, target: User) -> bool:
+    """Whether a watch is for the description of `target` (kcmp(2), KCMP_EPOLL_TFD)."""
+    slot = array.array("I", [epoll.fd, watch.tfd, watch.nth])
+    return (
+        native.syscall("kcmp", target.pid, epoll.pid, native.KCMP_EPOLL_TFD, target.fd, slot.buffer_info()[0]) == 0
+    )
+
+
+def _find(epoll: User, watch: Watch, table: dict[int, OpenFile]) -> tuple[int, ...]:
+    """The numbers in a process's table that lead to the watched description; the original one first."""
+
+    def fits(number: int, file: OpenFile) -> bool:
+        status = file.stat
+        if status.st_ino != watch.inode or _kernel_device(status.st_dev) != watch.device:
+            return False
+        # A socket has but one description.
+        return file.link.startswith("socket:") or _watches(epoll, watch, User(epoll.pid, number, False))
+
+    original = table.get(watch.tfd)
+    if original is not None and fits(watch.tfd, original):
+        return (watch.tfd,)
+    return tuple(number for number, file in table.items() if fits(number, file))
+
+
+def resolve(file: OpenFile, files: OpenFiles) -> dict[Watch, int]:
+    """For every watch a number that leads to its file, in the first process that has numbers for all.
+
+    Raises:
+        CannotMove: a watched file is open in no process that has the epoll.
+    """
+    wanted = watches(file)
+    missing = 0
+    tried: set[int] = set()
+    for user in file.users:
+        if user.pid in tried:
+            continue
+        tried.add(user.pid)
+        table = files.tables[user.pid]
+        found: dict[Watch, int] = {}
+        taken: set[int] = set()
+        for watch in wanted:
+            free = [number for number in _find(user, watch, table) if number not in taken]
+            if not free:
+                missing = watch.tfd
+                break
+            found[watch] = free[0]
+            taken.add(free[0])
+        else:
+            return found
+    raise file.refuse(f"epoll that watches a file which was fd {missing} but is not open there now, cannot be moved")
+
+
+class Epolls(FileKind):
+    """epoll_create(2)."""
+
+    name = "epoll"
+    type = fd_types.EVENTPOLL
+    field = "epfd"
+
+    def claims(self, file: OpenFile) -> bool:
+        return file.link == "anon_inode:[eventpoll]"
+
+    def check(self, file: OpenFile, files: OpenFiles, options: FileOptions) -> None:
+        resolve(file, files)
+
+    def dump(self, file: OpenFile, file_id: int, dump: FileDump) -> file_entry:
+        entry = eventpoll_file_entry(id=file_id, flags=file.flags, fown=file.owner())
+        for watch, number in resolve(file, dump.files).items():
+            entry.tfd.append(
+                eventpoll_tfd_entry(
+                    id=file_id,
+                    tfd=number,
+                    events=watch.events,
+                    data=watch.data,
+                    dev=watch.device,
+                    inode=watch.inode,
+                    pos=max(watch.pos, 0),
+                )
+            )
+        return file_entry(type=self.type, id=file_id, epfd=entry)
+
+    def create(self, entry: file_entry, build: FileBuild) -> int:
+        return native.syscall("epoll_create1", os.O_CLOEXEC)
+
+    def finish(self, entry: file_entry, fd: int, build: FileBuild) -> None:
+        # The process that adds the watches: the first that has the epoll and all the numbers.
+        for name, table in build.tables.items():
+            if entry.id in table.values() and all(watch.tfd in table for watch in entry.epfd.tfd):
+                build.shared[eventpoll_file_entry, entry.id] = name
+                return
+        raise ImageError(f"files: epoll {entry.id} watches descriptors that no process has")
+
+    def attach(self, entry: file_entry, fd: int, table: str, build: FileBuild, call: Batch) -> None:
+        if build.shared[eventpoll_file_entry, entry.id] != table:
+            return
+        for watch in entry.epfd.tfd:
+            event = call.data(_EPOLL_EVENT.pack(watch.events, watch.data))
+            call.epoll_ctl(fd, EPOLL_CTL_ADD, watch.tfd, event)

@@ -1,0 +1,220 @@
+"""IPv4 and IPv6 sockets: TCP that listens or is not connected, UDP.
+
+An established TCP connection is refused, unless it may come back closed (--tcp-close): then it is dumped with its
+state and addresses, as CRIU does, and restored as a socket that is not connected. inventory.img says so
+(`tcp_close`). Datagrams that wait in a UDP socket are dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import struct
+from typing import Any, Final
+
+from phaul.engine.sockdiag import TCP_CLOSE, TCP_ESTABLISHED, TCP_LISTEN
+from phaul.engine.state.files import sockopts
+from phaul.engine.state.files.base import FileBuild, FileDump, FileKind, FileOptions, OpenFile, OpenFiles
+from phaul.errors import ImageError, RestoreError
+from phaul.images.pb.fdinfo_pb2 import fd_types, file_entry
+from phaul.images.pb.inventory_pb2 import inventory_entry
+from phaul.images.pb.sk_inet_pb2 import inet_sk_entry, ip_opts_entry
+from phaul.images.pb.sk_opts_pb2 import sk_shutdown
+from phaul.images.pb.tcp_stream_pb2 import tcp_opts_entry
+
+FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+SUPPORTED: Final = ((socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP))
+UDP_CORK: Final = 1
+IP_FREEBIND, IP_PKTINFO = 15, 8
+IPV6_FREEBIND: Final = 78
+
+# struct tcp_info: state, then 7 bytes and 4 words before unacked (of a listener: connections not yet accepted)
+# and sacked (of a listener: the backlog).
+_TCP_INFO = struct.Struct("B7x16x2I")
+
+_TCP_NUMBERS: Final = (
+    ("cork", socket.TCP_CORK),
+    ("nodelay", socket.TCP_NODELAY),
+    ("keepcnt", socket.TCP_KEEPCNT),
+    ("keepidle", socket.TCP_KEEPIDLE),
+    ("keepintvl", socket.TCP_KEEPINTVL),
+)
+_IP_NUMBERS: Final[dict[int, tuple[int, tuple[tuple[str, int], ...]]]] = {
+    socket.AF_INET: (
+        socket.IPPROTO_IP,
+        (("freebind", IP_FREEBIND), ("pktinfo", IP_PKTINFO), ("tos", socket.IP_TOS), ("ttl", socket.IP_TTL)),
+    ),
+    socket.AF_INET6: (
+        socket.IPPROTO_IPV6,
+        (("freebind", IPV6_FREEBIND), ("pktinfo", socket.IPV6_RECVPKTINFO)),
+    ),
+}
+
+
+def _words(family: int, host: str) -> list[int]:
+    """An address as the image has it: 32-bit words in network byte order."""
+    packed = socket.inet_pton(family, host.partition("%")[0])
+    return list(struct.unpack(f"={len(packed) // 4}I", packed))
+
+
+def _host(entry: inet_sk_entry, words: Any) -> str:
+    if len(words) != (1 if entry.family == socket.AF_INET else 4):
+        raise ImageError(f"files: socket {entry.id} has an address of {len(words)} words")
+    return socket.inet_ntop(entry.family, struct.pack(f"={len(words)}I", *words))
+
+
+def _show(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _tcp_info(sock: socket.socket) -> tuple[int, int, int]:
+    """State, connections not yet accepted, backlog."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    state, unacked, sacked = _TCP_INFO.unpack(info)
+    return state, unacked, sacked
+
+
+def _peer(sock: socket.socket) -> tuple[str, int] | None:
+    try:
+        address = sock.getpeername()
+    except OSError:
+        return None
+    return address[0], address[1]
+
+
+class InetSockets(FileKind):
+    """AF_INET and AF_INET6."""
+
+    name = "TCP or UDP socket"
+    type = fd_types.INETSK
+    field = "isk"
+
+    def claims(self, file: OpenFile) -> bool:
+        return sockopts.is_socket(file, *FAMILIES) and (file.socket.type, file.socket.proto) in SUPPORTED
+
+    def check(self, file: OpenFile, files: OpenFiles, options: FileOptions) -> None:
+        sock = file.socket
+        if sock.proto == socket.IPPROTO_UDP:
+            if sock.getsockopt(socket.IPPROTO_UDP, UDP_CORK):
+                raise file.refuse("UDP socket that holds back data (UDP_CORK), cannot be moved")
+            return
+        state, waiting, _ = _tcp_info(sock)
+        if options.tcp_close or state == TCP_CLOSE:
+            return
+        way_out = "(--tcp-close would bring it back closed)"
+        if state != TCP_LISTEN:
+            peer = _peer(sock)
+            to = f" to {_show(*peer)}" if peer else ""
+            what = "established TCP connection" if state == TCP_ESTABLISHED else "TCP connection that opens or ends"
+            raise file.refuse(f"{what}{to}, cannot be moved {way_out}")
+        if waiting:
+            at = _show(*sock.getsockname()[:2])
+            raise file.refuse(f"{waiting} TCP connections to {at} not yet accepted, cannot be moved {way_out}")
+
+    def dump(self, file: OpenFile, file_id: int, dump: FileDump) -> file_entry:
+        sock = file.socket
+        host, port, *_ = sock.getsockname()
+        peer = _peer(sock)
+        entry = inet_sk_entry(
+            id=file_id,
+            ino=file.stat.st_ino & 0xFFFFFFFF,
+            family=sock.family,
+            type=sock.type,
+            proto=sock.proto,
+            state=TCP_ESTABLISHED if peer else TCP_CLOSE,
+            src_port=port,
+            dst_port=peer[1] if peer else 0,
+            flags=file.flags,
+            backlog=0,
+            src_addr=_words(sock.family, host),
+            dst_addr=_words(sock.family, peer[0]) if peer else [0] * (1 if sock.family == socket.AF_INET else 4),
+            fown=file.owner(),
+            opts=sockopts.dump_options(file),
+            ip_opts=ip_opts_entry(),
+        )
+        sockopts.fill_numbers(entry.ip_opts, sock, *_IP_NUMBERS[sock.family])
+        if sock.family == socket.AF_INET6:
+            entry.v6only = bool(sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
+            scope = sock.getsockname()[3]
+            if scope:
+                entry.ifname = socket.if_indextoname(scope)
+        if sock.proto == socket.IPPROTO_TCP:
+            entry.state, _, backlog = _tcp_info(sock)
+            if entry.state == TCP_LISTEN:
+                entry.backlog = backlog
+            entry.tcp_opts.CopyFrom(tcp_opts_entry())
+            sockopts.fill_numbers(entry.tcp_opts, sock, socket.IPPROTO_TCP, _TCP_NUMBERS)
+        if entry.state == TCP_CLOSE:
+            self._dump_shutdown(sock, entry)
+        return file_entry(type=self.type, id=file_id, isk=entry)
+
+    @staticmethod
+    def _dump_shutdown(sock: socket.socket, entry: inet_sk_entry) -> None:
+        # The kernel does not tell it, but poll(2) depends on it.
+        poll = select.poll()
+        poll.register(sock, select.POLLRDHUP)
+        if any(events & select.POLLRDHUP for _, events in poll.poll(0)):
+            entry.shutdown = sk_shutdown.READ
+
+    def create(self, entry: file_entry, build: FileBuild) -> int:
+        isk = entry.isk
+        if isk.family not in FAMILIES or (isk.type, isk.proto) not in SUPPORTED:
+            raise ImageError(f"files: socket of family {isk.family}, type {isk.type}, protocol {isk.proto}")
+        sock = socket.socket(isk.family, isk.type | socket.SOCK_CLOEXEC, isk.proto)
+        fd = build.adopt(entry.id, sock.detach())
+        with sockopts.borrowed(fd) as borrowed:
+            self._restore(isk, borrowed, build)
+        return fd
+
+    def _restore(self, isk: inet_sk_entry, sock: socket.socket, build: FileBuild) -> None:
+        tcp = isk.proto == socket.IPPROTO_TCP
+        if isk.HasField("v6only"):
+            sockopts.set_number(sock, socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(isk.v6only))
+        sockopts.apply_bind_options(sock, isk.opts)
+        sockopts.apply_numbers(isk.ip_opts, sock, *_IP_NUMBERS[isk.family])
+        connected = tcp and isk.state not in (TCP_CLOSE, TCP_LISTEN)
+        if connected and not build.images.one("inventory", inventory_entry).tcp_close:
+            raise ImageError(f"files: socket {isk.id} is an established TCP connection, cannot be restored")
+        if isk.src_port and not connected:
+            self._bind(isk, sock)
+        if isk.state == TCP_LISTEN:
+            try:
+                sock.listen(isk.backlog)
+            except OSError as error:
+                self._explain(isk, error)
+        elif isk.dst_port and not tcp:
+            sock.connect(self._address(isk, _host(isk, isk.dst_addr), isk.dst_port))
+        if tcp:
+            sockopts.apply_numbers(isk.tcp_opts, sock, socket.IPPROTO_TCP, _TCP_NUMBERS)
+        sockopts.apply_options(sock, isk.opts)
+        if isk.shutdown:
+            with contextlib.suppress(OSError):  # ENOTCONN, but it has been done
+                sock.shutdown(isk.shutdown - 1)
+
+    def _bind(self, isk: inet_sk_entry, sock: socket.socket) -> None:
+        # Whatever its own setting: connections of the past must not keep the port from us.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(self._address(isk, _host(isk, isk.src_addr), isk.src_port))
+        except OSError as error:
+            self._explain(isk, error)
+
+    @staticmethod
+    def _address(isk: inet_sk_entry, host: str, port: int) -> tuple[Any, ...]:
+        if isk.family == socket.AF_INET:
+            return host, port
+        return host, port, 0, socket.if_nametoindex(isk.ifname) if isk.ifname else 0
+
+    @staticmethod
+    def _explain(isk: inet_sk_entry, error: OSError) -> None:
+        protocol = "TCP" if isk.proto == socket.IPPROTO_TCP else "UDP"
+        where = f"{protocol} {_show(_host(isk, isk.src_addr), isk.src_port)}"
+        if error.errno == errno.EADDRINUSE:
+            raise RestoreError(f"{where}: another process of this host has this port") from error
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise RestoreError(f"{where}: this host does not have this address") from error
+        raise RestoreError(f"{where}: {os.strerror(error.errno or 0)}") from error
+

@@ -1,0 +1,484 @@
+"""unix(7) sockets: pairs and connections inside the tree with what is queued in them, listeners, datagrams.
+
+sock_diag tells who is connected with whom. Queues are read by peeking, on a duplicate of the socket, and are filled
+again by sending from the other end. What is connected to a process outside the tree is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from phaul.engine import native
+from phaul.engine.sockdiag import TCP_CLOSE, TCP_ESTABLISHED, TCP_LISTEN, UnixSocket
+from phaul.engine.state.files import sockopts
+from phaul.engine.state.files.base import (
+    FileBuild,
+    FileDump,
+    FileKind,
+    FileOptions,
+    OpenFile,
+    OpenFiles,
+    inode_owners,
+)
+from phaul.errors import ImageError, RestoreError
+from phaul.images.pb.fdinfo_pb2 import fd_types, file_entry
+from phaul.images.pb.sk_packet_pb2 import scm_entry, sk_packet_entry
+from phaul.images.pb.sk_unix_pb2 import file_perms_entry, unix_sk_entry
+
+SIOCUNIXFILE: Final = 0x89E0  # linux/un.h: an O_PATH descriptor of the node that a socket is bound to
+SO_PEEK_OFF: Final = 42
+SCM_CREDENTIALS: Final = 2
+CLONE_FS: Final = 0x200
+TYPES: Final = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
+_UCRED = struct.Struct("iII")
+_CHUNK: Final = 1 << 16
+_MAX_EMPTY: Final = 64
+_ALL_ROOM: Final = 1 << 30
+_SHUT_READ, _SHUT_WRITE = 1, 2
+
+
+Sender = tuple[int, int, int] | None
+"""PID, UID and GID."""
+
+
+def show_name(name: bytes) -> str:
+    """The name of a socket for people: abstract ones with an @."""
+    return name.replace(b"\0", b"@", 1).decode(errors="replace") if name[:1] == b"\0" else os.fsdecode(name)
+
+
+# Dump.
+
+
+@dataclass(frozen=True)
+class _Node:
+    """Where in the file system a socket is bound."""
+
+    status: os.stat_result
+    path: str
+    deleted: bool
+
+
+def _node(file: OpenFile) -> _Node:
+    fd = fcntl.ioctl(file.dup(), SIOCUNIXFILE)
+    try:
+        status, path = os.fstat(fd), os.readlink(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+    try:
+        there = os.lstat(path)
+        deleted = (there.st_dev, there.st_ino) != (status.st_dev, status.st_ino)
+    except OSError:
+        deleted = True
+    return _Node(status, path.removesuffix(" (deleted)") if deleted else path, deleted)
+
+
+def _is_path(name: bytes) -> bool:
+    return bool(name) and not name.startswith(b"\0")
+
+
+def _in_image(name: bytes) -> bytes:
+    """A name as the image has it: paths end with a NUL."""
+    return name + b"\0" if _is_path(name) else name
+
+
+def _name(usk: unix_sk_entry) -> bytes:
+    """A name of the image as bind(2) and connect(2) of Python take it."""
+    return usk.name.rstrip(b"\0") if _is_path(usk.name) else usk.name
+
+
+def peek_queue(sock: socket.socket) -> Iterator[tuple[bytes, Sender]]:
+    """What waits in a socket, without taking it: messages, or pieces of a stream.
+
+    Yields:
+        The data and, where the socket asks for it (SO_PASSCRED), PID, UID and GID of the sender.
+    """
+    before = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
+    offset, size, room = 0, _CHUNK, socket.CMSG_SPACE(_UCRED.size)
+    empty: list[tuple[bytes, Sender]] = []
+    sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    try:
+        while True:
+            try:
+                data, control, flags, _ = sock.recvmsg(size, room, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                yield from empty
+                return
+            sender = next((_UCRED.unpack(c) for _, kind, c in control if kind == SCM_CREDENTIALS), None)
+            if flags & socket.MSG_TRUNC:
+                size *= 4
+                sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)
+            elif data:
+                yield from empty
+                empty.clear()
+                yield data, sender
+                offset += len(data)
+            elif sock.type == socket.SOCK_STREAM or len(empty) == _MAX_EMPTY:
+                # The end, which a reader cannot tell from empty messages before it.
+                return
+            else:
+                empty.append((data, sender))
+    finally:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, before)
+
+
+def _listener_of(client: UnixSocket, files: OpenFiles) -> UnixSocket | None:
+    """The listener in whose queue a connection waits, of which the client knows no peer."""
+    for sock in files.unix.values():
+        if client.inode in sock.icons:
+            return sock
+    return None
+
+
+class UnixSockets(FileKind):
+    """AF_UNIX."""
+
+    name = "unix socket"
+    type = fd_types.UNIXSK
+    field = "usk"
+
+    def claims(self, file: OpenFile) -> bool:
+        return sockopts.is_socket(file, socket.AF_UNIX) and file.socket.type in TYPES
+
+    def check(self, file: OpenFile, files: OpenFiles, options: FileOptions) -> None:
+        here = files.unix.get(file.stat.st_ino)
+        if here is None:
+            raise file.refuse("unix socket of another network namespace, cannot be moved")
+        if any(int(count) for count in file.lines("scm_fds")):
+            raise file.refuse("unix socket with descriptors in flight (SCM_RIGHTS), cannot be moved")
+        if here.state == TCP_LISTEN:
+            self._check_waiting(file, here, files)
+        elif here.peer:
+            self._check_peer(file, here, files)
+        elif here.type != socket.SOCK_DGRAM and here.state == TCP_ESTABLISHED:
+            listener = _listener_of(here, files)
+            if listener is not None and listener.inode not in files.sockets:
+                to = f"that waits for {show_name(listener.name)}, outside the tree, to accept it"
+                raise file.refuse(f"unix socket {to}, cannot be moved")
+            if listener is not None and here.wqueue:
+                raise file.refuse("unix socket with data on a connection not yet accepted, cannot be moved")
+        unreachable = not here.peer and not here.name and here.state == TCP_CLOSE
+        if here.type == socket.SOCK_DGRAM and here.rqueue and unreachable:
+            raise file.refuse("unix socket with datagrams that nobody can send again, cannot be moved")
+
+    @staticmethod
+    def _check_waiting(file: OpenFile, here: UnixSocket, files: OpenFiles) -> None:
+        if not here.icons:
+            return
+        what = f"unix socket {show_name(here.name)} with a connection that is not yet accepted"
+        if any(client not in files.sockets for client in here.icons):
+            raise file.refuse(f"{what} and comes from outside the tree, cannot be moved")
+        if _is_path(here.name) and _node(file).deleted:
+            raise file.refuse(f"{what}, and without its node in the file system, cannot be moved")
+
+    @staticmethod
+    def _check_peer(file: OpenFile, here: UnixSocket, files: OpenFiles) -> None:
+        peer = files.unix.get(here.peer)
+        if peer is None or here.peer not in files.sockets:
+            owner = inode_owners(f"socket:[{here.peer}]", files.tables)
+            name = show_name(peer.name) if peer and peer.name else ""
+            to = " of ".join(text for text in (name, owner) if text) or "a process"
+            raise file.refuse(f"unix socket connected to {to}, outside the tree, cannot be moved")
+        if peer.peer == here.inode:
+            return
+        if not peer.name or (_is_path(peer.name) and _node(files.sockets[here.peer]).deleted):
+            raise file.refuse("unix socket connected to one that has no name (any more), cannot be moved")
+
+    def dump(self, file: OpenFile, file_id: int, dump: FileDump) -> file_entry:
+        here = dump.files.unix[file.stat.st_ino]
+        listener = None if here.peer or here.state != TCP_ESTABLISHED else _listener_of(here, dump.files)
+        entry = unix_sk_entry(
+            id=file_id,
+            ino=here.inode,
+            type=here.type,
+            state=here.state,
+            flags=file.flags,
+            uflags=0,
+            backlog=here.wqueue if here.state == TCP_LISTEN else 0,
+            peer=listener.inode if listener else here.peer,
+            fown=file.owner(),
+            opts=sockopts.dump_options(file),
+            name=_in_image(here.name),
+        )
+        if here.shutdown:
+            entry.shutdown = here.shutdown  # type: ignore[assignment]  # the kernel's bits are CRIU's numbers
+        if _is_path(here.name):
+            node = _node(file)
+            status = node.status
+            entry.file_perms.CopyFrom(
+                file_perms_entry(mode=status.st_mode, uid=status.st_uid, gid=status.st_gid)
+            )
+            entry.deleted = node.deleted
+            if not here.name.startswith(b"/"):
+                entry.name_dir = node.path.removesuffix(os.fsdecode(here.name)).rstrip("/") or "/"
+        if here.state != TCP_LISTEN:
+            for data, sender in peek_queue(file.socket):
+                packet = sk_packet_entry(id_for=file_id, length=len(data))
+                if sender:
+                    packet.scm.append(scm_entry(type=SCM_CREDENTIALS, rights=sender))
+                dump.images.add("sk-queues", packet, data)
+        return file_entry(type=self.type, id=file_id, usk=entry)
+
+    # Restore.
+
+    def create(self, entry: file_entry, build: FileBuild) -> int:
+        return _Build.of(build).create(entry.usk)
+
+    def finish(self, entry: file_entry, fd: int, build: FileBuild) -> None:
+        _Build.of(build).finish(entry.usk)
+
+
+class _Build:
+    """All unix sockets of one restore.
+
+    Pairs are made at once, the others as plain sockets. When all are there: names, listen, connections that wait in
+    a listener, datagram connections; then queues, options, and what is shut down.
+    """
+
+    @classmethod
+    def of(cls, build: FileBuild) -> _Build:
+        found = build.shared.get(cls)
+        if found is None:
+            found = build.shared[cls] = cls(build)
+        assert isinstance(found, cls)
+        return found
+
+    def __init__(self, build: FileBuild) -> None:
+        self.build = build
+        self.by_inode = {entry.usk.ino: entry.usk for entry in build.entries.values() if entry.HasField("usk")}
+        self.queues: dict[int, list[tuple[sk_packet_entry, bytes]]] = {}
+        for message, data in build.images.records("sk-queues"):
+            if isinstance(message, sk_packet_entry):
+                self.queues.setdefault(message.id_for, []).append((message, data))
+        self.others: dict[int, int] = {}  # id -> our descriptor of an end that the tree has closed
+        self.bound: set[int] = set()
+        self.connected: set[int] = set()
+        self.unfinished = {usk.id for usk in self.by_inode.values()}
+
+    def peer(self, usk: unix_sk_entry) -> unix_sk_entry | None:
+        return self.by_inode.get(usk.peer) if usk.peer else None
+
+    def create(self, usk: unix_sk_entry) -> int:
+        if usk.type not in TYPES:
+            raise ImageError(f"files: unix socket of type {usk.type}")
+        peer = self.peer(usk)
+        if usk.peer and peer is None:
+            raise ImageError(f"files: unix socket {usk.id} is connected to one that is not in the image")
+        # A datagram socket also gets this state from those who connect to its name.
+        named = usk.type == socket.SOCK_DGRAM and usk.name
+        lost_peer = not usk.peer and usk.state == TCP_ESTABLISHED and not named
+        mutual = peer is not None and peer.peer == usk.ino and peer.id != usk.id
+        if not lost_peer and not mutual:
+            fd = socket.socket(socket.AF_UNIX, usk.type | socket.SOCK_CLOEXEC).detach()
+            return self.build.adopt(usk.id, fd)
+        if peer is not None and usk.type != socket.SOCK_DGRAM and usk.name[:1] == b"\0":
+            ends = _accepted(usk.type, usk.name)
+            self.bound.add(usk.id)
+        elif peer is not None and usk.type != socket.SOCK_DGRAM and peer.name[:1] == b"\0":
+            ends = _accepted(usk.type, peer.name)[::-1]
+            self.bound.add(peer.id)
+        else:
+            one, two = socket.socketpair(socket.AF_UNIX, usk.type | socket.SOCK_CLOEXEC)
+            ends = one.detach(), two.detach()
+        if peer is None:
+            self.others[usk.id] = self.build.keep_until_close(os.dup(ends[1]))
+            os.close(ends[1])
+        else:
+            self.build.adopt(peer.id, ends[1])
+            self.connected |= {usk.id, peer.id}
+        return self.build.adopt(usk.id, ends[0])
+
+    def finish(self, usk: unix_sk_entry) -> None:
+        """Finishes all sockets with the last one; sockets need each other in too many orders."""
+        self.unfinished.discard(usk.id)
+        if self.unfinished:
+            return
+        opened = [usk for usk in self.by_inode.values() if usk.id in self.build.fds]
+        # Names of which no node is left come first: they borrow the path for a moment.
+        listening = {usk.name for usk in opened if usk.state == TCP_LISTEN}
+        for usk in opened:
+            if _is_path(usk.name) and (usk.deleted or (usk.name in listening and usk.state != TCP_LISTEN)):
+                self.bind(usk, keep=False)
+        for usk in opened:
+            if usk.name:
+                self.bind(usk, keep=True)
+        for usk in opened:
+            if usk.state == TCP_LISTEN:
+                with self.borrow(usk) as sock:
+                    sock.listen(usk.backlog)
+        for usk in opened:
+            self.connect(usk)
+        for usk in opened:
+            with self.borrow(usk) as sock:
+                sockopts.set_number(sock, socket.SOL_SOCKET, socket.SO_PASSCRED, int(usk.opts.so_passcred))
+        for usk in opened:
+            self.fill(usk)
+        for usk in opened:
+            with self.borrow(usk) as sock:
+                sockopts.apply_options(sock, usk.opts)
+                if usk.shutdown and usk.id not in self.others:
+                    sock.shutdown(usk.shutdown - 1)
+
+    def borrow(self, usk: unix_sk_entry) -> contextlib.AbstractContextManager[socket.socket]:
+        return sockopts.borrowed(self.build.fds[usk.id])
+
+    def bind(self, usk: unix_sk_entry, keep: bool) -> None:
+        """Give a socket its name, once; without `keep` the node is removed at once."""
+        if usk.id in self.bound:
+            return
+        self.bound.add(usk.id)
+        with self.borrow(usk) as sock:
+            if usk.name_dir:
+                _in_directory(self.build.path(usk.name_dir), lambda: self._bind(usk, sock, keep))
+            else:
+                self._bind(usk, sock, keep)
+
+    def _bind(self, usk: unix_sk_entry, sock: socket.socket, keep: bool) -> None:
+        name = _name(usk)
+        try:
+            if _is_path(name):
+                _remove_stale(name, usk.type)
+            sock.bind(name)
+            if _is_path(name) and not keep:
+                os.unlink(name)
+            elif _is_path(name) and usk.HasField("file_perms"):
+                os.chown(name, usk.file_perms.uid, usk.file_perms.gid)
+                os.chmod(name, stat.S_IMODE(usk.file_perms.mode))
+        except OSError as error:
+            taken = "another process of this host has this name"
+            reason = taken if error.errno == errno.EADDRINUSE else os.strerror(error.errno or 0)
+            raise RestoreError(f"unix socket {show_name(name)}: {reason}") from error
+
+    def connect(self, usk: unix_sk_entry) -> None:
+        """Connect a socket that was not made as one of a pair."""
+        peer = self.peer(usk)
+        if peer is None or usk.id in self.connected:
+            return
+        self.connected.add(usk.id)
+        # Who is connected takes datagrams from its peer only, and connections only from it.
+        for other in self.by_inode.values():
+            if other.peer == usk.ino and other.id in self.build.fds:
+                self.connect(other)
+        with self.borrow(usk) as sock:
+            sock.setblocking(False)
+            self._reach(peer, lambda: sock.connect(_name(peer)))
+            sock.setblocking(True)
+
+    def _reach(self, usk: unix_sk_entry, call: Callable[[], object]) -> None:
+        """Make a call that uses the name of a socket."""
+        try:
+            if usk.name_dir:
+                _in_directory(self.build.path(usk.name_dir), call)
+            else:
+                call()
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise RestoreError(f"unix socket {show_name(_name(usk))}: cannot be connected to: {reason}") from error
+
+    def fill(self, usk: unix_sk_entry) -> None:
+        """Send what was queued for a socket."""
+        packets = self.queues.get(usk.id)
+        if not packets:
+            return
+        peer = self.peer(usk)
+        if usk.id in self.others:
+            source = self.others[usk.id]
+        elif peer is not None and peer.peer == usk.ino:
+            source = self.build.fds[peer.id]
+        elif usk.type == socket.SOCK_DGRAM and usk.name:
+            source = -1
+        else:
+            raise ImageError(f"files: unix socket {usk.id} has a queue but nobody who can have filled it")
+        for packet, data in packets:
+            if source >= 0:
+                with sockopts.borrowed(source) as sock:
+                    _send(sock, data, packet)
+            elif peer is not None:
+                with self.borrow(peer) as sock:
+                    _send(sock, data, packet, _name(usk))
+            else:
+                # A new sender each time: what it has sent is charged to its send buffer.
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+                    self._reach(usk, lambda sock=sock: sock.connect(_name(usk)))  # type: ignore[misc]
+                    _send(sock, data, packet)
+
+
+def _send(sock: socket.socket, data: bytes, packet: sk_packet_entry, name: bytes | None = None) -> None:
+    credentials = [entry.rights for entry in packet.scm if entry.type == SCM_CREDENTIALS]
+    if any(entry.type != SCM_CREDENTIALS for entry in packet.scm):
+        raise ImageError("sk-queues: descriptors in flight cannot be restored")
+    control = [(socket.SOL_SOCKET, SCM_CREDENTIALS, _UCRED.pack(*rights)) for rights in credentials]
+    # What fitted at the source must fit here. The real size is set afterwards.
+    sockopts.force_buffers(sock, _ALL_ROOM, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))
+    try:
+        sent = sock.sendmsg([data], control, socket.MSG_DONTWAIT, name)
+    except ProcessLookupError:
+        # The sender has ended: what is left of it is the message.
+        sent = sock.sendmsg([data], [], socket.MSG_DONTWAIT, name)
+    except BlockingIOError:
+        sent = -1
+    if sent != len(data):
+        raise RestoreError(f"unix socket: {len(data)} bytes do not fit into its queue")
+
+
+def _accepted(kind: int, name: bytes) -> tuple[int, int]:
+    """A connection to an abstract name: the accepted end, which has the name, and the other one."""
+    with socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC) as listener:
+        try:
+            listener.bind(name)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise RestoreError(f"unix socket {show_name(name)}: {reason}") from error
+        listener.listen(1)
+        client = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
+        client.connect(name)
+        while True:
+            end, _ = listener.accept()
+            peer, _, _ = _UCRED.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+            # Somebody else of this host may know the name too.
+            if peer == os.getpid():
+                return end.detach(), client.detach()
+            end.close()
+
+
+def _remove_stale(path: bytes, kind: int) -> None:
+    """Remove a socket's node that a dead process has left."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return
+        with socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+            except OSError:
+                return
+
+
+def _in_directory(directory: str, call: Callable[[], object]) -> None:
+    """Make a call with another working directory, which no other thread sees."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            native.syscall("unshare", CLONE_FS)
+            os.chdir(directory)
+            call()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]

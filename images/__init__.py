@@ -1,0 +1,1 @@
+"""The one data model: CRIU-compatible entries, page maps and image sets."""

@@ -1,0 +1,1 @@
+"""Post-copy: answers page faults of a restored tree from a remote page source."""

@@ -1,0 +1,34 @@
+"""`phaul check`: show what this kernel can do."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the probed features; 0 if trees can be moved from and to here, else 1."""
+    import json
+    import os
+
+    from phaul.engine import kernel
+    from phaul.errors import NotPermitted
+    from phaul.handshake import DESTINATION_NEEDS, SOURCE_NEEDS
+
+    if os.geteuid() != 0:
+        raise NotPermitted("some features can be probed by root only")
+    features = kernel.features()
+    missing = [n for n in (*SOURCE_NEEDS, *DESTINATION_NEEDS) if not features.get(n, False)]
+    if args.json:
+        print(json.dumps({"kernel": os.uname().release, "features": features, "enough": not missing}))
+        return 1 if missing else 0
+    for name, there in sorted(features.items()):
+        needed = name in SOURCE_NEEDS or name in DESTINATION_NEEDS
+        print(f"{name:<24} {'yes' if there else 'no':<4}{'needed' if needed else ''}".rstrip())
+    if missing:
+        print(f"\nThis kernel ({os.uname().release}) lacks {', '.join(missing)}.")
+    return 1 if missing else 0

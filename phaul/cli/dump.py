@@ -1,0 +1,79 @@
+"""`phaul dump -t PID -D DIR`: save a process tree as a directory of images."""
+
+from __future__ import annotations
+
+import argparse
+
+from phaul.cli.migrate import add_tree_options
+
+EPILOG = """\
+The images are CRIU's. The tree is killed once all of it is saved; with -R, and
+whenever anything fails, it goes on.
+
+example:
+  phaul dump -t 1234 -D /tmp/images
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options: CRIU's names and meanings."""
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "-t", "--tree", metavar="PID", type=int, required=True, help="root of the tree"
+    )
+    add_images_dir(parser)
+    parser.add_argument(
+        "-R", "--leave-running", action="store_true", help="let the tree go on afterwards"
+    )
+    add_tree_options(parser)
+    add_log_options(parser)
+
+
+def add_images_dir(parser: argparse.ArgumentParser) -> None:
+    """-D, the same for dump and restore."""
+    parser.add_argument(
+        "-D", "--images-dir", metavar="DIR", default=".", help="where the images are (default .)"
+    )
+
+
+def add_log_options(parser: argparse.ArgumentParser) -> None:
+    """-o and -v, the same for dump and restore."""
+    parser.add_argument("-o", "--log-file", metavar="FILE", help="write the log there")
+    parser.add_argument(
+        "-v",
+        dest="verbosity",
+        metavar="LEVEL",
+        type=int,
+        nargs="?",
+        const=4,
+        default=2,
+        help="how much is logged: 0 nothing, 1 errors, 2 warnings, 3 information, 4 all",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Dump; the exit code."""
+    import signal
+    from pathlib import Path
+
+    from phaul.cli.logs import set_up
+    from phaul.engine.dump import Dump, DumpOptions, preflight
+    from phaul.engine.imagedir import dump_to_directory
+    from phaul.engine.thread import EngineThread
+
+    set_up(args)
+    # As Ctrl-C: what has been stopped goes on before we end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options = DumpOptions(shell_job=args.shell_job, tcp_close=args.tcp_close)
+    with EngineThread() as engine:
+        engine.call(preflight, args.tree, options)
+        dump = Dump(args.tree, options)
+        try:
+            engine.call(dump.freeze)
+            engine.call(dump.collect)
+            engine.call(dump_to_directory, dump, Path(args.images_dir))
+        except BaseException:
+            engine.call(dump.thaw)
+            raise
+        engine.call(dump.thaw if args.leave_running else dump.kill)
+    return 0

@@ -1,0 +1,1 @@
+"""Generated from `phaul/proto/`: see `phaul/generate.py`."""

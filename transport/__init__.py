@@ -1,0 +1,1 @@
+"""Bytes between hosts: end points and streams. Knows nothing of processes."""
