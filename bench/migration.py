@@ -41,7 +41,7 @@ def build_beat(directory: Path) -> Path:
     """Compile `tests/programs/beat.c`."""
     source = Path(__file__).resolve().parent.parent / "tests" / "programs" / "beat.c"
     program = directory / "beat"
-    subprocess.run(["gcc", "-O2", "-pthread", "-o", program, source], check=True)
+    subprocess.run(["gcc", "-O2", "-D_GNU_SOURCE", "-pthread", "-o", program, source], check=True)
     return program
 
 

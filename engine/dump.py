@@ -74,6 +74,7 @@ def preflight(pid: int, options: DumpOptions) -> Preflight:
     check_process(pid)
     pids = tree_pids(pid)
     pstree.check(pids, options.shell_job)
+    fds.preflight(pids, options)
     tids, files, size = [], dict[bytes, NeededFile](), 0
     for member in pids:
         registry.preflight(member)
@@ -84,7 +85,6 @@ def preflight(pid: int, options: DumpOptions) -> Preflight:
         proc = Proc(member)
         tids += proc.tids()
         size += int(proc.status.get("VmRSS", "0 kB").split()[0]) * 1024
-    fds.preflight(pids, options)
     return Preflight(pids, tids, list(files.values()), size)
 
 

@@ -9,17 +9,20 @@ import signal
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from phaul.engine import native
 from phaul.engine.batch import Batch
 from phaul.engine.inject import EINTR, SourceRunner, deliverable, resumed, signed
 from phaul.engine.native import Registers
 from phaul.engine.proc import Mapping, Proc
+from phaul.engine.state import rseq
 from phaul.errors import CannotMove, DumpError, NoSuchProcess, NotPermitted
 from phaul.images.pb.core_pb2 import core_entry, task_kobj_ids_entry
 
 SEIZE_OPTIONS = native.O_TRACESYSGOOD | native.O_SUSPEND_SECCOMP
 KILL_TIMEOUT = 30.0
+REAP_TIMEOUT = 2.0
 
 
 @dataclass(eq=False)
@@ -102,6 +105,11 @@ def check_process(pid: int) -> Proc:
     if pid == os.getpid():
         raise NoSuchProcess(f"PID {pid}: is phaul itself")
     return proc
+
+
+def _registers(pid: int, tid: int) -> Registers:
+    """Registers of a stopped thread; out of a restartable sequence, which injected code would make it forget."""
+    return rseq.aborted(pid, tid, native.get_registers(tid))
 
 
 def tree_pids(root: int) -> list[int]:
@@ -200,7 +208,7 @@ class SourceTree:
         found: dict[int, SourceProcess] = {}
         for pid, (parent, tids) in tree.items():
             process = SourceProcess(pid, found.get(parent))
-            process.threads = [SourceThread(tid, process, native.get_registers(tid)) for tid in tids]
+            process.threads = [SourceThread(tid, process, _registers(pid, tid)) for tid in tids]
             if process.parent:
                 process.parent.children.append(process)
             found[pid] = process
@@ -256,7 +264,18 @@ class SourceTree:
             poll.register(process.pidfd, select.POLLIN)
             if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise DumpError(f"PID {process.pid} does not end")
+        self._await_reapers()
         self._forget()
+
+    def _await_reapers(self) -> None:
+        """Give init (or a subreaper) a moment to reap the descendants, so that their PIDs are free.
+
+        The root's parent is somebody's program, which may never call wait(2).
+        """
+        deadline = time.monotonic() + REAP_TIMEOUT
+        for process in self.processes[1:]:
+            while Path(f"/proc/{process.pid}").exists() and time.monotonic() < deadline:
+                time.sleep(0.001)
 
     def _forget(self) -> None:
         self._seized.clear()

@@ -119,7 +119,11 @@ int64_t ph_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t flags, co
 	};
 	int n = ioctl(fd, SCAN_IOCTL, &arg);
 
-	*walk_end = arg.walk_end;
+	/*
+	 * The kernel sets walk_end where its own buffer of 512 regions filled up, and leaves it there when it then
+	 * comes to the end (do_pagemap_scan(), seen in 6.18): only a full vector means that something is left.
+	 */
+	*walk_end = n >= 0 && (uint64_t)n < max ? end : arg.walk_end;
 	return n < 0 ? -errno : n;
 }
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from phaul.engine import native
+from phaul.engine.state import fs
 from phaul.engine.state.files.base import (
     FileBuild,
     FileDump,
@@ -28,9 +29,10 @@ from phaul.engine.state.files.base import (
     allow_many_files,
     kind_of,
     kinds,
+    naming,
     set_parameters,
 )
-from phaul.errors import CannotMove, DumpError, ImageError, RestoreError
+from phaul.errors import CannotMove, DumpError, ImageError, NoSuchProcess, RestoreError
 from phaul.images.imageset import ImageSet
 from phaul.images.pb.core_pb2 import core_entry
 from phaul.images.pb.fdinfo_pb2 import fdinfo_entry
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 FD_CLOEXEC: Final = 1
 F_SETFD: Final = 2
 SCM_MAX_FD: Final = 253  # include/net/scm.h
+_ATTEMPTS: Final = 3
 _MESSAGES_IN_FLIGHT: Final = 8  # fewer than net.unix.max_dgram_qlen, which limits seqpacket queues too
 _MSGHDR: Final = struct.Struct("=QI4xQQQQi4x")
 _IOVEC: Final = struct.Struct("=QQ")
@@ -142,13 +145,28 @@ def preflight(pids: Sequence[int], options: FileOptions) -> None:
     Raises:
         CannotMove: the first one found, named.
     """
-    _check_tables(pids)
-    files = OpenFiles(pids)
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return _preflight(pids, options)
+        except CannotMove:
+            # It may be that the tables were read while they changed.
+            if attempt == _ATTEMPTS:
+                raise
+
+
+def _preflight(pids: Sequence[int], options: FileOptions) -> None:
+    try:
+        for pid in pids:
+            fs.preflight(pid)
+        _check_tables(pids)
+        files = OpenFiles(pids)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise NoSuchProcess(f"PID {pids[0]}: a process of the tree has just ended") from error
     try:
         for file in files.all:
             try:
                 _classify(file, files, options)
-            except DumpError:
+            except (DumpError, OSError):
                 continue  # closed meanwhile
             finally:
                 file.close()
@@ -173,11 +191,11 @@ def collect(processes: Sequence[SourceProcess], images: ImageSet, options: FileO
         _collect(files, dump)
     finally:
         files.close()
+    cloexec = {(user.pid, user.fd) for file in files.all for user in file.users if user.cloexec}
     for process in processes:
         for number, file in files.tables[process.pid].items():
-            entry = fdinfo_entry(id=dump.ids[file], flags=0, type=dump.types[file], fd=number)
-            if any(user.cloexec for user in file.users if (user.pid, user.fd) == (process.pid, number)):
-                entry.flags = FD_CLOEXEC
+            flags = FD_CLOEXEC if (process.pid, number) in cloexec else 0
+            entry = fdinfo_entry(id=dump.ids[file], flags=flags, type=dump.types[file], fd=number)
             images.add(f"fdinfo-{process.ids.files_id}", entry)
     return dump
 
@@ -207,11 +225,10 @@ def build(made: FileBuild) -> None:
     Raises:
         ImageError: the images contradict each other. RestoreError: something cannot be made here.
     """
-    wanted = sorted({file_id for table in made.tables.values() for file_id in table.values()})
-    allow_many_files(2 * len(wanted))
-    for file_id in wanted:
+    allow_many_files(2 * len(made.wanted))
+    for file_id in made.wanted:
         made.open(file_id)
-    for file_id in wanted:
+    for file_id in made.wanted:
         _finish(made, file_id)
     made.run_last()
 
@@ -219,20 +236,15 @@ def build(made: FileBuild) -> None:
 def _finish(made: FileBuild, file_id: int) -> None:
     entry, fd = made.entries[file_id], made.fds[file_id]
     kind = kind_of(entry.type)
-    try:
+    with naming(kind, file_id):
         kind.finish(entry, fd, made)
-        # Sockets wait for each other: the parameters of all come after the last of them.
-        made.later(lambda: _set_parameters(made, file_id))
-    except OSError as error:
-        raise RestoreError(f"{kind.name} (file {file_id}): {error}") from error
 
+    def set_flags_and_owner() -> None:
+        with naming(kind, file_id):
+            set_parameters(fd, *kind.parameters(entry, made))
 
-def _set_parameters(made: FileBuild, file_id: int) -> None:
-    kind = kind_of(made.entries[file_id].type)
-    try:
-        set_parameters(made.fds[file_id], *kind.parameters(made.entries[file_id], made))
-    except OSError as error:
-        raise RestoreError(f"{kind.name} (file {file_id}): flags and owner: {error}") from error
+    # Sockets wait for each other: the parameters of all come after the last of them.
+    made.later(set_flags_and_owner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,12 +352,14 @@ def _send(process: SkeletonProcess, fds: Sequence[int], comm: socket.socket) -> 
     """Send descriptors to a skeleton. Returns their numbers there, in the same order."""
     received: list[int] = []
     parts = [fds[i : i + SCM_MAX_FD] for i in range(0, len(fds), SCM_MAX_FD)]
-    for i in range(0, max(1, len(parts)), _MESSAGES_IN_FLIGHT):
+    for i in range(0, max(1, len(parts)), _ATTEMPTS: Final = 3
+_MESSAGES_IN_FLIGHT):
         call = process.batch()
         if i == 0:
             call.close_range(1, 0xFFFFFFFF, 0)
         buffers = []
-        for part in parts[i : i + _MESSAGES_IN_FLIGHT]:
+        for part in parts[i : i + _ATTEMPTS: Final = 3
+_MESSAGES_IN_FLIGHT]:
             socket.send_fds(comm, [b"f"], list(part))
             iov = call.data(_IOVEC.pack(call.space(8), 1))
             buffer = call.space(_CMSG.size + 4 * SCM_MAX_FD + 4)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from phaul.engine.batch import Batch
 from phaul.engine.state.files.base import FileBuild, FileDump
-from phaul.engine.state.files.regular import add_path, locate
+from phaul.engine.state.files.regular import add_path, behind_link, check_path, locate
 from phaul.errors import CannotMove, ImageError
 from phaul.images.pb.fs_pb2 import fs_entry
 from phaul.images.pb.regfile_pb2 import reg_file_entry
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 
 def preflight(pid: int) -> None:
-    """Refuse a process whose root directory is not ours: paths would mean something else.
+    """Refuse a process whose working directory is deleted, or whose root directory is not ours.
 
     Raises:
-        CannotMove: it is in a chroot.
+        CannotMove: it is so.
     """
+    check_path(behind_link(pid, "working directory", f"/proc/{pid}/cwd"))
+    # Another root: paths would mean something else.
     theirs, ours = os.stat(f"/proc/{pid}/root"), os.stat("/")
     if (theirs.st_dev, theirs.st_ino) != (ours.st_dev, ours.st_ino):
         raise CannotMove(pid, "root directory", "is not that of phaul (chroot), cannot be moved")

@@ -191,8 +191,10 @@ def test_split_keeps_every_page_in_order(ranges: list[PageRange], pages: int) ->
     for chunk in chunks:
         assert 1 <= len(chunk) <= frames.MAX_RANGES
         assert sum(item.size for item in chunk) <= pages * PAGE
-    # All but the last are full.
-    assert all(sum(item.nr_pages for item in chunk) == pages for chunk in chunks[:-1])
+    # All but the last are full, or end where a huge page ends.
+    for chunk in chunks[:-1]:
+        full = sum(item.nr_pages for item in chunk) == pages
+        assert full or chunk[-1].end % (frames.HUGE_PAGES * PAGE) == 0
     flat = [
         (item.vaddr + index * PAGE)
         for chunk in chunks
@@ -201,6 +203,16 @@ def test_split_keeps_every_page_in_order(ranges: list[PageRange], pages: int) ->
     ]
     assert flat == [
         item.vaddr + index * PAGE for item in ranges for index in range(item.nr_pages)
+    ]
+
+
+def test_split_keeps_huge_pages_whole() -> None:
+    huge = frames.HUGE_PAGES * PAGE
+    chunks = list(frames.split([PageRange(5 * PAGE, 3), PageRange(huge - PAGE, 2049)], 2 * huge))
+    assert chunks == [
+        [PageRange(5 * PAGE, 3), PageRange(huge - PAGE, 513)],
+        [PageRange(2 * huge, 1024)],
+        [PageRange(4 * huge, 512)],
     ]
 
 

@@ -51,9 +51,8 @@ async def greeted(endpoint: Endpoint) -> AsyncIterator[Channel]:
 
 async def still_works(endpoint: Endpoint) -> None:
     """The agent is none the worse for it."""
-    async with aiohttp.ClientSession() as http:
-        async with http.get(url(endpoint, f"/migrations/{'ab' * 16}")) as response:
-            assert (await response.json())["state"] == "dropped"
+    async with aiohttp.ClientSession() as http, http.get(url(endpoint, f"/migrations/{'ab' * 16}")) as response:
+        assert (await response.json())["state"] == "dropped"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from phaul.messages import (
 )
 from phaul.pb import control_pb2 as control
 
-
 NAMES = [field.message_type.name for field in control.Message.DESCRIPTOR.fields]
 
 

@@ -175,10 +175,7 @@ def hello(role: control.Role, token: bytes = b"", agent_id: bytes = b"") -> cont
         arch="x86_64",
         page_size=4096,
         kernel_release="6.18",
-        features={
-            name: True
-            for name in (*phaul.handshake.SOURCE_NEEDS, *phaul.handshake.DESTINATION_NEEDS)
-        },
+        features=dict.fromkeys((*phaul.handshake.SOURCE_NEEDS, *phaul.handshake.DESTINATION_NEEDS), True),
         cpu_features=["avx2", "sse2"],
         vdso_id=b"v" * 16,
         token=token,

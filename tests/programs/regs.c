@@ -9,7 +9,7 @@
 #include "target.h"
 
 enum { RAX, RBX, RCX, RDX, RSI, RDI, RBP, RSP, GPRS = 16, RED_ZONE = 16, SPINS = 4000000 };
-enum { CF = 1, PF = 4, AF = 0x10, ZF = 0x40, SF = 0x80, IF = 0x200, OF = 0x800, ID = 0x200000 };
+enum { CF = 1, PF = 4, AF = 0x10, ZF = 0x40, SF = 0x80, IF = 0x200, OF = 0x800 };
 enum { XSTATE = 0xe7 /* x87, SSE, AVX, opmask, both halves of AVX-512 */, XSAVE_SIZE = 4096 };
 enum { FCW = 0, FSW = 2, FTW = 4, MXCSR = 24, ST = 32, XMM = 160, LEGACY_END = 416, HEADER = 512 };
 
@@ -128,7 +128,7 @@ int main(int argc, char **argv)
 	for (uint64_t round = 0; !target_ending(0); round++) {
 		for (uint64_t i = 0; i < sizeof(wanted) / 8; i++)
 			((uint64_t *)&wanted)[i] = target_random(round * 64 + i);
-		wanted.flags = 2 | IF | (wanted.flags & (CF | PF | AF | ZF | SF | OF | ID));
+		wanted.flags = 2 | IF | (wanted.flags & (CF | PF | AF | ZF | SF | OF));
 		wanted.gpr[RCX] = SPINS;
 		wanted.gpr[RSP] = (uint64_t)stack + 4096 + wanted.gpr[RSP] % (sizeof(stack) - 8192) / 8 * 8;
 		random_xstate(round);

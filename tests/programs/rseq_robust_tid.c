@@ -87,9 +87,12 @@ static void registered(void)
 static void *counter(void *argument)
 {
 	uint64_t *mine = argument;
+	cpu_set_t cpus;
 
 	up++;
 	while (!ending) {
+		MUST(sched_getaffinity(0, sizeof(cpus), &cpus));
+		SAME("CPUs of a counting thread", CPU_COUNT(&cpus), 1);
 		for (int i = 0; i < BURST; i++)
 			*mine += add_one(&count);
 		check_area();

@@ -58,8 +58,10 @@ REFUSED: tuple[tuple[str, ...], ...] = (("refuse_iouring",), ("refuse_tcp_establ
 """Every program that phaul must refuse, and leave unharmed."""
 
 RESTLESS: dict[str, tuple[str, ...]] = {
+    "creds": ("*fds.[45]", "*fds.[45].*"),
     "eventfds": ("*.eventfd-count",),
     "files": ("*fds.23.pos", "*fds.27.pos"),
+    "proc_attrs": ("*fds.4", "*fds.4.*"),
     "rseq_robust_tid": ("*.Cpus_allowed_list",),
     "timers": ("*ShdPnd", "*.SigPnd"),
 }

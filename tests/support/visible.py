@@ -159,9 +159,14 @@ def _thread(task: Path) -> State:
 def _fds(proc: Path, names: _Names) -> dict[str, State]:
     fds = {}
     for number in sorted(int(entry.name) for entry in proc.joinpath("fd").iterdir()):
-        info: State = {"link": names(os.readlink(proc / "fd" / str(number)))}
+        try:
+            link = os.readlink(proc / "fd" / str(number))
+            text = proc.joinpath("fdinfo", str(number)).read_text()
+        except FileNotFoundError:
+            continue  # closed while we looked
+        info: State = {"link": names(link)}
         watches: list[str] = []
-        for line in proc.joinpath("fdinfo", str(number)).read_text().splitlines():
+        for line in text.splitlines():
             key, _colon, value = line.partition(":")
             if key == "tfd":  # of an epoll: fd, events and data, then the file's identity
                 watches.append(" ".join(line.split()).partition(" pos:")[0])

@@ -13,6 +13,7 @@ to it. The kinds are found by looking through the modules of this package.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import importlib
 import os
@@ -90,6 +91,7 @@ class OpenFile:
     users: list[User] = field(default_factory=list)
     _fd: int = -1
     _socket: socket.socket | None = None
+    _owner: fown_entry | None = None
 
     def lines(self, key: str) -> Iterator[str]:
         """The values of all fdinfo lines with this key."""
@@ -127,8 +129,11 @@ class OpenFile:
 
     def owner(self) -> fown_entry:
         """Who gets SIGIO (F_GETOWN_EX, F_GETOWNER_UIDS) and which signal that is (F_GETSIG)."""
-        if self.flags & os.O_PATH or not self.users:
-            return no_owner()
+        if self._owner is None:
+            self._owner = no_owner() if self.flags & os.O_PATH or not self.users else self._read_owner()
+        return self._owner
+
+    def _read_owner(self) -> fown_entry:
         fd = self.dup()
         pid_type, pid = _OWNER.unpack(fcntl.fcntl(fd, F_GETOWN_EX, bytes(_OWNER.size)))
         uid, euid = 0, 0
@@ -182,7 +187,12 @@ def _read_table(pid: int) -> Iterator[tuple[User, OpenFile]]:
 
 def same_order(a: User, b: User) -> int:
     """0 if both descriptors refer to one description, else 1 or 2: an order (kcmp(2), KCMP_FILE)."""
-    return native.syscall("kcmp", a.pid, b.pid, native.KCMP_FILE, a.fd, b.fd)
+    try:
+        return native.syscall("kcmp", a.pid, b.pid, native.KCMP_FILE, a.fd, b.fd)
+    except OSError as error:
+        if error.errno == errno.EBADF:  # closed meanwhile: only while the process runs
+            return 1
+        raise
 
 
 def _group(key_mates: list[OpenFile], user: User) -> OpenFile | int:
@@ -293,11 +303,13 @@ class FileBuild:
         entries: file_entry by id.
         fds: id -> descriptor in our process (close-on-exec), kept until `close`.
         tables: name of an fdinfo image -> descriptor number -> id of the file.
+        wanted: ids of all files that are in a table, ascending.
         shared: what kinds keep for the time of a restore, by a key of their own.
         cleanup: runs at `close`; for descriptors that are needed only while building.
     """
 
     def __init__(self, images: ImageSet, root: str = "/") -> None:
+        """Raises ImageError when a table contradicts itself."""
         self.images, self.root = images, root
         self.entries = {entry.id: entry for entry in images.messages("files", file_entry)}
         self.fds: dict[int, int] = {}
@@ -305,7 +317,10 @@ class FileBuild:
         for name in images.names():
             if name.startswith("fdinfo-"):
                 descriptors = images.messages(name, fdinfo_entry)
-                self.tables[name] = {descriptor.fd: descriptor.id for descriptor in descriptors}
+                table = self.tables[name] = {descriptor.fd: descriptor.id for descriptor in descriptors}
+                if len(table) != len(descriptors):
+                    raise ImageError(f"{name}: a descriptor comes twice")
+        self.wanted = sorted({file_id for table in self.tables.values() for file_id in table.values()})
         self.shared: dict[object, Any] = {}
         self.cleanup = contextlib.ExitStack()
         self._last: list[Callable[[], None]] = []
@@ -326,10 +341,8 @@ class FileBuild:
             if entry is None:
                 raise ImageError(f"files: there is no file with id {file_id}")
             kind = kind_of(entry.type)
-            try:
+            with naming(kind, file_id):
                 self.fds.setdefault(file_id, kind.create(entry, self))
-            except OSError as error:
-                raise RestoreError(f"{kind.name} (file {file_id}): {error}") from error
         return self.fds[file_id]
 
     def adopt(self, file_id: int, fd: int) -> int:
@@ -434,6 +447,17 @@ def kind_of(number: int) -> FileKind:
             return kind
     name = fd_types.Name(fd_types.ValueType(number)) if number in fd_types.values() else str(number)
     raise ImageError(f"files: files of type {name} cannot be restored")
+
+
+@contextlib.contextmanager
+def naming(kind: FileKind, file_id: int) -> Iterator[None]:
+    """Turn what goes wrong with a file that is being made into errors that name it."""
+    try:
+        yield
+    except OSError as error:
+        raise RestoreError(f"{kind.name} (file {file_id}): {error}") from error
+    except (OverflowError, ValueError, struct.error) as error:
+        raise ImageError(f"files: {kind.name} (file {file_id}) has an impossible value: {error}") from error
 
 
 def set_parameters(fd: int, flags: int, owner: fown_entry) -> None:

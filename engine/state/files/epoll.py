@@ -8,6 +8,7 @@ all its descriptors are in place (epoll files may watch each other).
 from __future__ import annotations
 
 import array
+import errno
 import os
 import re
 import struct
@@ -71,9 +72,13 @@ def _kernel_device(status_dev: int) -> int:
 def _watches(epoll: User, watch: Watch, target: User) -> bool:
     """Whether a watch is for the description of `target` (kcmp(2), KCMP_EPOLL_TFD)."""
     slot = array.array("I", [epoll.fd, watch.tfd, watch.nth])
-    return (
-        native.syscall("kcmp", target.pid, epoll.pid, native.KCMP_EPOLL_TFD, target.fd, slot.buffer_info()[0]) == 0
-    )
+    arguments = (target.pid, epoll.pid, native.KCMP_EPOLL_TFD, target.fd, slot.buffer_info()[0])
+    try:
+        return native.syscall("kcmp", *arguments) == 0
+    except OSError as error:
+        if error.errno in (errno.EBADF, errno.ENOENT):  # changed meanwhile: only while the process runs
+            return False
+        raise
 
 
 def _find(epoll: User, watch: Watch, table: dict[int, OpenFile]) -> tuple[int, ...]:

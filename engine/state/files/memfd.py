@@ -13,6 +13,7 @@ import stat
 from typing import Final
 
 from phaul.engine.state.files.base import FileBuild, FileDump, FileKind, FileOptions, OpenFile, OpenFiles, no_owner
+from phaul.engine.state.files.regular import behind_link
 from phaul.errors import ImageError, RestoreError
 from phaul.images.pb.fdinfo_pb2 import fd_types, file_entry
 from phaul.images.pb.fown_pb2 import fown_entry
@@ -73,10 +74,9 @@ def add_mapping(dump: FileDump, pid: int, resource: str, link: str, flags: int) 
     Returns:
         The id of the file; `memfd_inode_entry` of the same file tells where its pages are.
     """
-    status = os.stat(link)
-    key = (link_text := os.readlink(link), status.st_dev, status.st_ino, flags)
+    file = behind_link(pid, resource, link, flags)
+    key = (file.link, file.stat.st_dev, file.stat.st_ino, flags)
     if key not in dump.paths:
-        file = OpenFile(pid, resource, link, link_text, status, flags)
         check(file)
         dump.paths[key] = dump.new_id()
         dump.add(_dump(file, dump.paths[key], no_owner(), dump))
@@ -116,6 +116,8 @@ def _make(inode: memfd_inode_entry, build: FileBuild) -> int:
             os.fchmod(fd, stat.S_IMODE(inode.mode))
     except OSError as error:
         raise RestoreError(f"memfd {inode.name}: {error.strerror}") from error
+    except (OverflowError, ValueError) as error:
+        raise ImageError(f"memfd {inode.name!r}: {error}") from error
     if sealing and inode.seals:
         build.later(lambda: _seal(inode, fd))
     return fd

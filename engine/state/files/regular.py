@@ -50,6 +50,11 @@ def make_entry(file: OpenFile, file_id: int, owner: fown_entry) -> file_entry:
     return file_entry(type=fd_types.REG, id=file_id, reg=entry)
 
 
+def behind_link(pid: int, resource: str, link: str, flags: int = os.O_RDONLY) -> OpenFile:
+    """The file behind one of the links of /proc/PID other than descriptors; see `add_path`."""
+    return OpenFile(pid, resource, link, os.readlink(link), os.stat(link), flags)
+
+
 def add_path(dump: FileDump, pid: int, resource: str, link: str, flags: int = os.O_RDONLY) -> int:
     """Add the file behind one of the links of /proc/PID to files.img, unless it is there already.
 
@@ -63,9 +68,8 @@ def add_path(dump: FileDump, pid: int, resource: str, link: str, flags: int = os
     Raises:
         CannotMove: the file is deleted or hidden.
     """
-    status = os.stat(link)
-    file = OpenFile(pid, resource, link, os.readlink(link), status, flags)
-    key = (file.link, status.st_dev, status.st_ino, flags)
+    file = behind_link(pid, resource, link, flags)
+    key = (file.link, file.stat.st_dev, file.stat.st_ino, flags)
     known = dump.paths.get(key)
     if known is None:
         check_path(file)

@@ -262,7 +262,7 @@ class _Build:
         self.others: dict[int, int] = {}  # id -> our descriptor of an end that the tree has closed
         self.bound: set[int] = set()
         self.connected: set[int] = set()
-        self.unfinished = {usk.id for usk in self.by_inode.values()}
+        self.unfinished = {usk.id for usk in self.by_inode.values()}.intersection(build.wanted)
 
     def peer(self, usk: unix_sk_entry) -> unix_sk_entry | None:
         return self.by_inode.get(usk.peer) if usk.peer else None

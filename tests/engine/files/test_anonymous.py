@@ -12,19 +12,16 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from phaul.engine import native
 from phaul.engine.state import fds
 from phaul.engine.state.files import memfd
-from phaul.engine.state.files.base import FileBuild
+from phaul.engine.state.files.base import FileBuild, OpenFiles
 from phaul.errors import CannotMove
 from phaul.images.pb.memfd_pb2 import memfd_inode_entry
-
-if TYPE_CHECKING:
-    from conftest import Holder
+from tests.engine.files.holding import Holder
 
 pytestmark = pytest.mark.root
 Info = Callable[[int], dict[str, str]]
@@ -57,14 +54,14 @@ def test_thousands_of_eventfds_need_no_comparison(holder: Holder, monkeypatch: p
     opened = [os.eventfd(i) for i in range(200)]
     holder.give(*opened)
     compared = []
-    kcmp = fds.native.syscall
+    real = native.syscall
 
     def counting(name: str, *args: int) -> int:
         compared.append(name)
-        return kcmp(name, *args)
+        return real(name, *args)
 
     monkeypatch.setattr("phaul.engine.native.syscall", counting)
-    files = fds.OpenFiles(holder.pids)
+    files = OpenFiles(holder.pids)
     assert len(files.all) >= 200
     # 0, 1 and 2 look the same, and are.
     assert compared.count("kcmp") < 10

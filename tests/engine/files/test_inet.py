@@ -7,18 +7,14 @@ import os
 import socket
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import pytest
 
 from phaul.engine.state.files import sockopts
 from phaul.errors import CannotMove, ImageError, RestoreError
+from phaul.images.pb.fdinfo_pb2 import file_entry
 from phaul.images.pb.inventory_pb2 import inventory_entry
-
-if TYPE_CHECKING:
-    from conftest import Copy, Holder
-
-from tests.engine.files.conftest import Options
+from tests.engine.files.holding import Copy, Holder, Options
 
 pytestmark = pytest.mark.root
 Info = Callable[[int], dict[str, str]]
@@ -229,7 +225,7 @@ def test_connections_not_yet_accepted_are_refused(holder: Holder) -> None:
     address = listener.getsockname()
     with socket.create_connection(address), socket.create_connection(address):
         fd = give(holder, listener)
-        with pytest.raises(CannotMove, match="2 TCP connections to 127.0.0.1:.* not yet accepted"):
+        with pytest.raises(CannotMove, match=r"2 TCP connections to 127.0.0.1:.* not yet accepted"):
             holder.preflight()
         copy = holder.copy(Options(tcp_close=True))
     with opened(copy, fd) as here, socket.create_connection(address) as client:
@@ -250,8 +246,8 @@ def test_a_port_that_is_taken_is_named(holder: Holder) -> None:
 def test_an_address_that_is_not_here_is_named(holder: Holder) -> None:
     give(holder, socket.create_server(("127.0.0.1", 0)))
     images, _ = holder.dump()
-    for message in images.messages("files"):
+    for message in images.messages("files", file_entry):
         if message.HasField("isk"):
-            message.isk.src_addr[0] = struct.unpack("=I", socket.inet_aton("198.51.100.1"))[0]  # type: ignore[attr-defined]
+            message.isk.src_addr[0] = struct.unpack("=I", socket.inet_aton("198.51.100.1"))[0]
     with pytest.raises(RestoreError, match=r"TCP 198.51.100.1:\d+: this host does not have this address"):
         holder.build(images)

@@ -8,10 +8,9 @@ import random
 import resource
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -21,7 +20,7 @@ from phaul.engine import native
 from phaul.engine.proc import Proc
 from phaul.engine.skeleton import SkeletonProcess, SkeletonTree
 from phaul.engine.state import fds
-from phaul.engine.state.files.base import FileBuild
+from phaul.engine.state.files.base import FileBuild, allow_many_files
 from phaul.engine.vmas import Status
 from phaul.errors import CannotMove, RestoreError
 from phaul.images.imageset import ImageSet
@@ -31,9 +30,7 @@ from phaul.images.pb.fdinfo_pb2 import fdinfo_entry
 from phaul.images.pb.mm_pb2 import mm_entry
 from phaul.images.pb.pstree_pb2 import pstree_entry
 from phaul.images.pb.vma_pb2 import vma_entry
-
-if TYPE_CHECKING:
-    from conftest import Holder
+from tests.engine.files.holding import Holder
 
 root = pytest.mark.root
 PR_SET_CHILD_SUBREAPER = 36
@@ -80,8 +77,7 @@ def skeleton(*pids: int) -> Iterator[SkeletonTree]:
         for mapping in Proc(os.getpid()).maps()
         if mapping.path in (b"[vdso]", b"[vvar]", b"[vvar_vclock]")
     ]  # fmt: skip
-    fields = [field.name for field in mm_entry.DESCRIPTOR.fields if field.name.startswith("mm_")]
-    mm = mm_entry(exe_file_id=0, vmas=vmas, **dict.fromkeys((f for f in fields if f != "mm_saved_auxv"), 0))
+    mm = mm_entry(exe_file_id=0, vmas=vmas)
     entries = [
         pstree_entry(pid=pid, ppid=0 if pid == pids[0] else pids[0], pgid=pids[0], sid=pids[0], threads=[pid])
         for pid in pids
@@ -195,7 +191,7 @@ def test_close_on_exec_and_a_table_without_0(holder: Holder) -> None:
 def test_thousands_of_descriptors(holder: Holder) -> None:
     count = 3000
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    fds.allow_many_files(2 * count)
+    allow_many_files(2 * count)
     try:
         opened = [os.eventfd(i) for i in range(count)]
         # Numbers with gaps, in no order.

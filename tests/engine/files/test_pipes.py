@@ -8,14 +8,11 @@ import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from phaul.errors import CannotMove
-
-if TYPE_CHECKING:
-    from conftest import Holder
+from tests.engine.files.holding import Holder
 
 pytestmark = pytest.mark.root
 Info = Callable[[int], dict[str, str]]
@@ -24,7 +21,7 @@ Info = Callable[[int], dict[str, str]]
 def drain(fd: int) -> list[bytes]:
     """Everything in a pipe, read by read, without waiting."""
     os.set_blocking(fd, False)
-    found = []
+    found: list[bytes] = []
     while True:
         try:
             data = os.read(fd, 1 << 20)

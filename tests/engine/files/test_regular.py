@@ -8,15 +8,13 @@ import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-from phaul.engine.state import fds
+from phaul.engine.state.files.base import OpenFiles
 from phaul.errors import CannotMove, RestoreError
-
-if TYPE_CHECKING:
-    from conftest import Holder
+from phaul.images.pb.fdinfo_pb2 import file_entry
+from tests.engine.files.holding import Holder
 
 pytestmark = pytest.mark.root
 Info = Callable[[int], dict[str, str]]
@@ -88,10 +86,10 @@ def test_an_owner_outside_is_refused(holder: Holder, tmp_path: Path) -> None:
 def test_close_on_exec(holder: Holder, tmp_path: Path) -> None:
     # `sleep` cannot have such a descriptor; we can, and are refused only for what else we hold.
     keep = os.open(tmp_path, os.O_RDONLY)
-    table = dict(fds.OpenFiles([os.getpid()]).tables[os.getpid()])
+    table = dict(OpenFiles([os.getpid()]).tables[os.getpid()])
     assert [user.cloexec for user in table[keep].users] == [True]
     os.set_inheritable(keep, True)
-    table = fds.OpenFiles([os.getpid()]).tables[os.getpid()]
+    table = OpenFiles([os.getpid()]).tables[os.getpid()]
     assert [user.cloexec for user in table[keep].users] == [False]
     os.close(keep)
 
@@ -115,7 +113,7 @@ def test_a_replaced_file_is_refused(holder: Holder, tmp_path: Path) -> None:
     os.unlink(path)
     path.touch()
     holder.give(fd)
-    with pytest.raises(CannotMove, match="leads to another file|deleted"):
+    with pytest.raises(CannotMove, match=r"leads to another file|deleted"):
         holder.preflight()
 
 
@@ -155,8 +153,8 @@ def test_an_image_cannot_create_or_cut_files(holder: Holder, tmp_path: Path) -> 
     holder.give(fd)
     images, dump = holder.dump()
     holder.stop()
-    for entry in (message for message in images.messages("files") if message.reg.name == str(path)):  # type: ignore[attr-defined]
-        entry.reg.flags |= os.O_TRUNC | os.O_CREAT  # type: ignore[attr-defined]
+    for entry in (message for message in images.messages("files", file_entry) if message.reg.name == str(path)):
+        entry.reg.flags |= os.O_TRUNC | os.O_CREAT
     holder.build(images)
     assert path.read_bytes() == b"12345"
     assert dump.ids

@@ -9,16 +9,13 @@ import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from phaul.engine.sockdiag import unix_sockets
 from phaul.engine.state.files.unix import peek_queue
 from phaul.errors import CannotMove, RestoreError
-
-if TYPE_CHECKING:
-    from conftest import Copy, Holder
+from tests.engine.files.holding import Copy, Holder
 
 pytestmark = pytest.mark.root
 Info = Callable[[int], dict[str, str]]
@@ -127,7 +124,6 @@ def test_shutdown(holder: Holder, kind: int, how: int) -> None:
     one.send(b"before")
     two.send(b"answer")
     one.shutdown(how)
-    expected = {}
     inodes = {sock: os.fstat(sock.fileno()).st_ino for sock in (one, two)}
     expected = [unix_sockets()[inodes[sock]].shutdown for sock in (one, two)]
     assert expected[0] == how + 1
