@@ -75,6 +75,21 @@ def syscall(name: str, *args: int) -> int:
     return _check(lib.ph_syscall(syscall_number(name), *words), name)
 
 
+@dataclass(frozen=True)
+class Buffer:
+    """Bytes in our own memory at a known address; kept while the object lives."""
+
+    address: int
+    size: int
+    _keep: Any
+
+
+def buffer(content: bytes) -> Buffer:
+    """A copy of `content` that system calls of this process can be pointed to."""
+    data = ffi.new("uint8_t[]", content)
+    return Buffer(int(ffi.cast("uintptr_t", data)), len(content), data)
+
+
 @dataclass(slots=True)
 class Registers:
     """Registers of one task: general ones by name (user_regs_struct), XSAVE area, signal mask."""

@@ -12,8 +12,8 @@ from phaul.messages import PROTOCOL
 from phaul.pb import control_pb2 as control
 
 # Probed features (phaul.engine.kernel) without which a role cannot do its work.
-SOURCE_NEEDS = ("pidfd_getfd", "pagemap_scan")
-DESTINATION_NEEDS = ("clone3_set_tid", "timens")
+SOURCE_NEEDS = ("pidfd_getfd", "kcmp", "map_files", "proc_children")
+DESTINATION_NEEDS = ("clone3_set_tid", "map_files", "timens")
 
 _ROLE_NAMES = {control.SOURCE: "source", control.DESTINATION: "destination"}
 

@@ -145,13 +145,13 @@ def preflight(pids: Sequence[int], options: FileOptions) -> None:
     Raises:
         CannotMove: the first one found, named.
     """
-    for attempt in range(1, _ATTEMPTS + 1):
+    for _ in range(_ATTEMPTS - 1):
         try:
-            return _preflight(pids, options)
+            _preflight(pids, options)
         except CannotMove:
-            # It may be that the tables were read while they changed.
-            if attempt == _ATTEMPTS:
-                raise
+            continue  # it may be that the tables were read while they changed
+        return
+    _preflight(pids, options)
 
 
 def _preflight(pids: Sequence[int], options: FileOptions) -> None:
@@ -352,14 +352,12 @@ def _send(process: SkeletonProcess, fds: Sequence[int], comm: socket.socket) -> 
     """Send descriptors to a skeleton. Returns their numbers there, in the same order."""
     received: list[int] = []
     parts = [fds[i : i + SCM_MAX_FD] for i in range(0, len(fds), SCM_MAX_FD)]
-    for i in range(0, max(1, len(parts)), _ATTEMPTS: Final = 3
-_MESSAGES_IN_FLIGHT):
+    for i in range(0, max(1, len(parts)), _MESSAGES_IN_FLIGHT):
         call = process.batch()
         if i == 0:
             call.close_range(1, 0xFFFFFFFF, 0)
         buffers = []
-        for part in parts[i : i + _ATTEMPTS: Final = 3
-_MESSAGES_IN_FLIGHT]:
+        for part in parts[i : i + _MESSAGES_IN_FLIGHT]:
             socket.send_fds(comm, [b"f"], list(part))
             iov = call.data(_IOVEC.pack(call.space(8), 1))
             buffer = call.space(_CMSG.size + 4 * SCM_MAX_FD + 4)

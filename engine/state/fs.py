@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def preflight(pid: int) -> None:
-    """Refuse a process whose working directory is deleted, or whose root directory is not ours.
+    """Refuse a process whose root directory is not ours, or whose working directory is deleted.
 
     Raises:
         CannotMove: it is so.
     """
-    check_path(behind_link(pid, "working directory", f"/proc/{pid}/cwd"))
-    # Another root: paths would mean something else.
+    # Of another root, paths would mean something else.
     theirs, ours = os.stat(f"/proc/{pid}/root"), os.stat("/")
     if (theirs.st_dev, theirs.st_ino) != (ours.st_dev, ours.st_ino):
         raise CannotMove(pid, "root directory", "is not that of phaul (chroot), cannot be moved")
+    check_path(behind_link(pid, "working directory", f"/proc/{pid}/cwd"))
 
 
 def dump_process(process: SourceProcess, dump: FileDump) -> None:

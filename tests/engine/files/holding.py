@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from phaul.engine.source import SourceProcess
 from phaul.engine.state import fds
 from phaul.engine.state.files.base import FileBuild, FileDump
 from phaul.images.imageset import ImageSet
 from phaul.images.pb.core_pb2 import task_kobj_ids_entry
+
+CLOCK_NANOSLEEP = 230
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,18 @@ class Copy:
         return self.built.fds[self.numbers[number]]
 
 
+def wait_asleep(process: subprocess.Popen[bytes]) -> None:
+    """Wait until `sleep` sleeps: before, it loads its libraries."""
+    while CLOCK_NANOSLEEP != system_call(process.pid):
+        assert process.poll() is None
+
+
+def system_call(pid: int) -> int:
+    """The number of the system call that a process waits in; -1 if it runs."""
+    number = Path(f"/proc/{pid}/syscall").read_text().split()[0]
+    return -1 if number == "running" else int(number)
+
+
 class Holder:
     """Processes (`sleep`) that have nothing open but what they were given."""
 
@@ -48,6 +63,7 @@ class Holder:
             ["sleep", "1000"], stdin=null, stdout=null, stderr=null, pass_fds=fds, cwd="/"
         )
         self.processes.append(process)
+        wait_asleep(process)
         return process.pid
 
     def give(self, *fds: int) -> int:

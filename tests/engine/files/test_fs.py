@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from phaul.engine.state.files.base import FileBuild, FileDump, OpenFiles
 from phaul.errors import CannotMove, RestoreError
 from phaul.images.imageset import ImageSet
 from phaul.images.pb.fs_pb2 import fs_entry
-from tests.engine.files.holding import Options
+from tests.engine.files.holding import Options, wait_asleep
 from tests.engine.files.test_install import free_pids, skeleton
 
 pytestmark = pytest.mark.root
@@ -29,8 +30,7 @@ def sleeper(cwd: Path, *wrapper: str) -> Iterator[SourceProcess]:
     command = [*wrapper, "sh", "-c", "umask 027; exec sleep 1000"]
     child = subprocess.Popen(command, cwd=cwd, stdin=null, stdout=null, stderr=null)
     try:
-        while Path(f"/proc/{child.pid}/comm").read_text() != "sleep\n":
-            assert child.poll() is None
+        wait_asleep(child)
         yield SourceProcess(child.pid, None)
     finally:
         child.kill()
@@ -71,19 +71,18 @@ def test_a_deleted_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_chroot_is_refused(tmp_path: Path) -> None:
-    with sleeper(tmp_path) as process:
-        # The program's own root is enough: a process of a mount namespace would do as well.
-        child = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", f"mount --bind / {tmp_path} && chroot {tmp_path} sh -c 'cd /; exec cat'"],
-            stdin=subprocess.PIPE,
-        )
+    program = f"""import os, time
+os.chroot({str(tmp_path)!r})
+os.chdir("/")
+print("there", flush=True)
+time.sleep(100)
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    with child:
+        assert child.stdout
+        assert child.stdout.readline() == b"there\n"
         try:
-            while Path(f"/proc/{child.pid}/comm").read_text() != "cat\n":
-                assert child.poll() is None
-            if os.stat(f"/proc/{child.pid}/root").st_ino == os.stat("/").st_ino:
-                pytest.fail("the test needs a root directory that is another one")
+            with pytest.raises(CannotMove, match=f"^root directory of PID {child.pid}: is not that of phaul"):
+                fds.preflight([child.pid], Options())
         finally:
-            assert child.stdin
-            child.stdin.close()
-            child.wait()
-        assert process.pid
+            child.kill()
