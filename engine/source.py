@@ -34,8 +34,9 @@ class SourceThread:
     regs: Registers
     core: core_entry = field(default_factory=core_entry)
 
-    @property
+    @cached_property
     def proc(self) -> Proc:
+        """/proc/PID/task/TID as of the stop: its status is read once for all kinds of state."""
         return Proc(self.process.pid, self.tid)
 
     def batch(self) -> Batch:
@@ -46,7 +47,7 @@ class SourceThread:
     @property
     def signal_waits(self) -> bool:
         """Whether a signal is pending that the thread does not block."""
-        return deliverable(self.proc, self.regs.sigmask)
+        return deliverable(Proc(self.process.pid, self.tid), self.regs.sigmask)
 
 
 @dataclass(eq=False)

@@ -68,7 +68,8 @@ def dump_thread(thread: SourceThread, call: Batch, core: core_entry) -> Iterator
     Raises:
         CannotMove: another user namespace.
     """
-    preflight(thread.process.pid)
+    if thread.tid == thread.process.pid:  # one with several threads cannot have got another one
+        preflight(thread.process.pid)
     securebits = call.prctl(_PR_GET_SECUREBITS, 0, 0, 0, 0)
     yield
     status = thread.proc.status

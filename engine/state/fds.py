@@ -159,7 +159,7 @@ def _preflight(pids: Sequence[int], options: FileOptions) -> None:
         for pid in pids:
             fs.preflight(pid)
         _check_tables(pids)
-        files = OpenFiles(pids)
+        files = OpenFiles(pids, stopped=False)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise NoSuchProcess(f"PID {pids[0]}: a process of the tree has just ended") from error
     try:

@@ -1,4 +1,4 @@
-"""Scheduling policy, nice value and real-time priority of a thread (sched(7))."""
+"""Scheduling policy, nice value, real-time priority and CPU affinity of a thread (sched(7))."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def preflight(pid: int) -> None:
 
 
 def dump_thread(thread: SourceThread, call: Batch, core: core_entry) -> Iterator[None]:
-    """Fills sched_nice, sched_policy and sched_prio.
+    """Fills sched_nice, sched_policy, sched_prio and, if it is restricted, cpu_affinity.
 
     Raises:
         CannotMove: with the thread and its policy.
@@ -45,6 +45,9 @@ def dump_thread(thread: SourceThread, call: Batch, core: core_entry) -> Iterator
     entry.sched_policy = _policy(thread.process.pid, thread.tid)
     entry.sched_prio = os.sched_getparam(thread.tid).sched_priority
     entry.sched_nice = os.getpriority(os.PRIO_PROCESS, thread.tid)
+    cpus = os.sched_getaffinity(thread.tid)
+    if len(cpus) < (os.cpu_count() or 1):
+        entry.cpu_affinity = sum(1 << cpu for cpu in cpus).to_bytes(max(cpus) // 8 + 1, "little")
     yield
 
 
@@ -71,6 +74,14 @@ def restore_thread(thread: SkeletonThread, call: Batch, core: core_entry) -> Ite
                 f"thread {thread.tid} cannot get {name}, nice {entry.sched_nice}, priority {entry.sched_prio}: "
                 f"{os.strerror(-result.value)}"
             )
+    _set_affinity(thread.tid, entry.cpu_affinity)
+
+
+def _set_affinity(tid: int, mask: bytes) -> None:
+    """Those of the CPUs that this host has; all, if it has none of them: better there than not at all."""
+    bits = int.from_bytes(mask, "little")
+    if cpus := {cpu for cpu in os.sched_getaffinity(0) if bits >> cpu & 1}:
+        os.sched_setaffinity(tid, cpus)
 
 
 def _policy(pid: int, tid: int) -> int:

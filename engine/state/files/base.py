@@ -217,10 +217,12 @@ class OpenFiles:
         all: every description once, in the order of processes and numbers.
         tables: PID -> number -> description.
         by_inode: (st_dev, st_ino) -> descriptions.
+        stopped: whether the processes are; else two files may have been read at different times.
     """
 
-    def __init__(self, pids: Sequence[int]) -> None:
+    def __init__(self, pids: Sequence[int], *, stopped: bool = True) -> None:
         """Read the descriptor tables. Exact only while the processes are stopped."""
+        self.stopped = stopped
         self.all: list[OpenFile] = []
         self.tables: dict[int, dict[int, OpenFile]] = {}
         self.by_inode: dict[tuple[int, int], list[OpenFile]] = {}

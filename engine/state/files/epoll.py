@@ -136,7 +136,9 @@ class Epolls(FileKind):
         return file.link == "anon_inode:[eventpoll]"
 
     def check(self, file: OpenFile, files: OpenFiles, options: FileOptions) -> None:
-        resolve(file, files)
+        # A running program may have closed a file since: the stop will tell.
+        if files.stopped:
+            resolve(file, files)
 
     def dump(self, file: OpenFile, file_id: int, dump: FileDump) -> file_entry:
         entry = eventpoll_file_entry(id=file_id, flags=file.flags, fown=file.owner())

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import socket
 import stat
 import struct
@@ -96,12 +97,17 @@ def _name(usk: unix_sk_entry) -> bytes:
     return usk.name.rstrip(b"\0") if _is_path(usk.name) else usk.name
 
 
-def peek_queue(sock: socket.socket) -> Iterator[tuple[bytes, Sender]]:
+def peek_queue(sock: socket.socket, rqueue: int) -> Iterator[tuple[bytes, Sender]]:
     """What waits in a socket, without taking it: messages, or pieces of a stream.
+
+    Args:
+        rqueue: of a stream, how much there is: looking beyond would take a pending error (ECONNRESET) away.
 
     Yields:
         The data and, where the socket asks for it (SO_PASSCRED), PID, UID and GID of the sender.
     """
+    if sock.type == socket.SOCK_STREAM and not rqueue:
+        return
     before = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
     offset, size, room = 0, _CHUNK, socket.CMSG_SPACE(_UCRED.size)
     empty: list[tuple[bytes, Sender]] = []
@@ -122,6 +128,8 @@ def peek_queue(sock: socket.socket) -> Iterator[tuple[bytes, Sender]]:
                 empty.clear()
                 yield data, sender
                 offset += len(data)
+                if sock.type == socket.SOCK_STREAM and offset >= rqueue:
+                    return
             elif sock.type == socket.SOCK_STREAM or len(empty) == _MAX_EMPTY:
                 # The end, which a reader cannot tell from empty messages before it.
                 return
@@ -129,6 +137,13 @@ def peek_queue(sock: socket.socket) -> Iterator[tuple[bytes, Sender]]:
                 empty.append((data, sender))
     finally:
         sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, before)
+
+
+def _has_error(sock: socket.socket) -> bool:
+    """Whether the next call on a socket fails with an error of the past; SO_ERROR would take it away."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _listener_of(client: UnixSocket, files: OpenFiles) -> UnixSocket | None:
@@ -166,6 +181,8 @@ class UnixSockets(FileKind):
                 raise file.refuse(f"unix socket {to}, cannot be moved")
             if listener is not None and here.wqueue:
                 raise file.refuse("unix socket with data on a connection not yet accepted, cannot be moved")
+        if here.type != socket.SOCK_STREAM and _has_error(file.socket):
+            raise file.refuse("unix socket with an error that is still to be told, cannot be moved")
         unreachable = not here.peer and not here.name and here.state == TCP_CLOSE
         if here.type == socket.SOCK_DGRAM and here.rqueue and unreachable:
             raise file.refuse("unix socket with datagrams that nobody can send again, cannot be moved")
@@ -221,7 +238,7 @@ class UnixSockets(FileKind):
             if not here.name.startswith(b"/"):
                 entry.name_dir = node.path.removesuffix(os.fsdecode(here.name)).rstrip("/") or "/"
         if here.state != TCP_LISTEN:
-            for data, sender in peek_queue(file.socket):
+            for data, sender in peek_queue(file.socket, here.rqueue):
                 packet = sk_packet_entry(id_for=file_id, length=len(data))
                 if sender:
                     packet.scm.append(scm_entry(type=SCM_CREDENTIALS, rights=sender))

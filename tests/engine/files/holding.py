@@ -39,7 +39,7 @@ class Copy:
 
 def wait_asleep(process: subprocess.Popen[bytes]) -> None:
     """Wait until `sleep` sleeps: before, it loads its libraries."""
-    while CLOCK_NANOSLEEP != system_call(process.pid):
+    while system_call(process.pid) != CLOCK_NANOSLEEP:
         assert process.poll() is None
 
 

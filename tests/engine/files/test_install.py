@@ -7,6 +7,8 @@ import os
 import random
 import resource
 import select
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +32,7 @@ from phaul.images.pb.fdinfo_pb2 import fdinfo_entry
 from phaul.images.pb.mm_pb2 import mm_entry
 from phaul.images.pb.pstree_pb2 import pstree_entry
 from phaul.images.pb.vma_pb2 import vma_entry
-from tests.engine.files.holding import Holder
+from tests.engine.files.holding import Holder, Options
 
 root = pytest.mark.root
 PR_SET_CHILD_SUBREAPER = 36
@@ -307,7 +309,7 @@ def test_epoll_of_a_file_that_is_not_there_is_refused(holder: Holder) -> None:
     number = epoll.fileno()
     pid = holder.start(number)
     with pytest.raises(CannotMove) as refused:
-        holder.preflight()
+        holder.dump()
     assert str(refused.value).startswith(f"fd {number} of PID {pid}: epoll that watches a file which was fd {watched}")
     epoll.close()
     os.close(watched)
@@ -334,3 +336,29 @@ def test_an_epoll_shared_by_processes_gets_its_watches_once(holder: Holder) -> N
             assert events_of(process, number) == [(watched, select.EPOLLIN)]
 
 
+
+
+@root
+def test_preflight_of_a_busy_program(tmp_path: Path) -> None:
+    program = """import os, select, socket
+epoll = select.epoll()
+while True:
+    opened = [os.eventfd(1), *os.pipe(), *(sock.detach() for sock in socket.socketpair())]
+    for fd in opened[:2]:
+        epoll.register(fd)
+    os.write(1, b".")
+    for fd in opened:
+        os.close(fd)
+"""
+    output = tmp_path / "output"
+    null = subprocess.DEVNULL
+    with output.open("wb") as file:
+        child = subprocess.Popen([sys.executable, "-c", program], stdin=null, stdout=file, stderr=null)
+    with child:
+        try:
+            while not output.stat().st_size:
+                assert child.poll() is None
+            for _ in range(50):
+                fds.preflight([child.pid], Options())
+        finally:
+            child.kill()

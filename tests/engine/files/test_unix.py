@@ -367,6 +367,30 @@ def test_descriptors_in_flight_are_refused(holder: Holder) -> None:
         holder.preflight()
 
 
+def test_a_pending_error_is_not_taken_away(holder: Holder) -> None:
+    one, two = socket.socketpair()
+    one.send(b"never read")
+    two.send(b"last words")
+    two.close()
+    ours = one.dup()
+    (fd,) = give(holder, one)
+    copy = holder.copy(keep=True)
+    with ours, opened(copy, fd) as here:
+        for sock in (ours, here):
+            assert sock.recv(10) == b"last words"
+        with pytest.raises(ConnectionResetError):
+            ours.recv(10)
+
+
+def test_a_pending_error_of_a_datagram_socket_is_refused(holder: Holder) -> None:
+    one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    one.send(b"never read")
+    two.close()
+    (fd,) = give(holder, one)
+    with pytest.raises(CannotMove, match=f"fd {fd} .*unix socket with an error that is still to be told"):
+        holder.preflight()
+
+
 def test_a_name_that_is_taken_is_named(holder: Holder, tmp_path: Path) -> None:
     path = str(tmp_path / "name")
     server = unix()
@@ -383,5 +407,5 @@ def test_peeking_leaves_an_offset_as_it_was() -> None:
     with one, two:
         one.send(b"0123456789")
         two.setsockopt(socket.SOL_SOCKET, 42, 4)
-        assert [data for data, _ in peek_queue(two)] == [b"0123456789"]
+        assert [data for data, _ in peek_queue(two, 10)] == [b"0123456789"]
         assert two.getsockopt(socket.SOL_SOCKET, 42) == 4

@@ -141,6 +141,26 @@ def test_scheduling(lab: Lab, policy: int, priority: int, nice: int) -> None:
 
 
 @pytest.mark.root
+def test_cpu_affinity(lab: Lab) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    body = f"os.sched_setaffinity(0, {{{cpus[-1]}}})"
+    leader, thread = moved(lab, THREADED.replace("BODY", body), THREADED.replace("BODY", "pass"), scheduling)
+    assert int.from_bytes(thread.thread_core.cpu_affinity, "little") == 1 << cpus[-1]
+    assert leader.thread_core.HasField("cpu_affinity") == (len(cpus) < (os.cpu_count() or 1))
+
+
+@pytest.mark.root
+def test_cpus_that_are_not_here_are_left_out(lab: Lab) -> None:
+    process = lab.stopped(END)
+    images = dump(process, scheduling)
+    here = min(os.sched_getaffinity(0))
+    for foreign, wanted in (({4000, here}, {here}), ({4000}, {here})):
+        cores(images)[0].thread_core.cpu_affinity = sum(1 << cpu for cpu in foreign).to_bytes(512, "little")
+        restore(process, images, scheduling)
+        assert os.sched_getaffinity(process.pid) == wanted
+
+
+@pytest.mark.root
 def test_a_policy_that_the_kernel_refuses_is_named(lab: Lab) -> None:
     process = lab.stopped(END)
     images = dump(process, scheduling)

@@ -1,0 +1,79 @@
+"""Every target program through `phaul migrate`, seen from outside before and after; and a refusal that harms nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from phaul.demo.hosts import TwoHosts
+from phaul.errors import CannotMove
+from tests.cli.run import PHAUL, ROOT, Done, assert_error
+from tests.support.programs import CASES, REFUSED, RESTLESS, Target
+from tests.support.visible import difference, visible_tree
+
+pytestmark = pytest.mark.root
+
+PORT = 7000
+WORK = 0.2
+ALL = [pytest.param(case, id="-".join(case)) for case in CASES if case != ("tree", "zombie")]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
+    """Two hosts with an agent on the second, for all tests: what one leaves behind would disturb the next."""
+    with TwoHosts() as pair:
+        log = tmp_path_factory.mktemp("agent") / "log"
+        address = f"tcp://{pair.destination.address}:{PORT}"
+        pair.destination.popen([*PHAUL, "agent", "--listen", address, "--insecure"], stdout=log, cwd=ROOT)
+        deadline = time.monotonic() + 20
+        while "listening on" not in log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield pair
+
+
+def migrate(pair: TwoHosts, pid: int) -> Done:
+    address = f"tcp://{pair.destination.address}:{PORT}"
+    return pair.source.run([*PHAUL, "migrate", str(pid), address, "--json"], cwd=ROOT)
+
+
+def settled(pair: TwoHosts, of: Target) -> list[int]:
+    """PIDs in the destination that are left of a target."""
+    return [pid for pid in pair.destination.pids() if str(of.directory).encode() in cmdline(pair, pid)]
+
+
+def cmdline(pair: TwoHosts, pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pair.destination.init_pid}/root/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_it_moves(case: tuple[str, ...], pair: TwoHosts) -> None:
+    with Target.start(*case, host=pair.source) as target:
+        time.sleep(WORK)
+        before = visible_tree(target.outer_pid)
+        done = migrate(pair, target.pid)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["pids"][0] == target.pid
+        target.moved(pair.destination)
+        assert target.pid not in pair.source.pids()
+        time.sleep(WORK)
+        assert difference(before, visible_tree(target.outer_pid), RESTLESS.get(case[0], ())) == []
+        target.finish()
+
+
+@pytest.mark.parametrize("case", REFUSED, ids="-".join)
+def test_it_is_refused_and_unharmed(case: tuple[str, ...], pair: TwoHosts) -> None:
+    with Target.start(*case, host=pair.source) as target:
+        before = visible_tree(target.outer_pid)
+        done = migrate(pair, target.pid)
+        assert_error(done, CannotMove, "fd ")
+        assert settled(pair, target) == []
+        assert difference(before, visible_tree(target.outer_pid), RESTLESS.get(case[0], ())) == []
+        target.finish()
