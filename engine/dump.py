@@ -73,11 +73,12 @@ def preflight(pid: int, options: DumpOptions) -> Preflight:
     """
     check_process(pid)
     pids = tree_pids(pid)
+    for member in pids:
+        registry.preflight(member)
     pstree.check(pids, options.shell_job)
     fds.preflight(pids, options)
     tids, files, size = [], dict[bytes, NeededFile](), 0
     for member in pids:
-        registry.preflight(member)
         maps = Proc(member).smaps()
         for mapping in maps:
             check(member, mapping)

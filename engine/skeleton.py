@@ -310,7 +310,9 @@ class SkeletonTree:
         """Let everything run; leaders last."""
         for process in self.processes:
             for thread in reversed(process.threads):
-                native.ptrace(native.PTRACE_DETACH, thread.tid)
+                # A thread that runs already may end the whole process.
+                with contextlib.suppress(ProcessLookupError):
+                    native.ptrace(native.PTRACE_DETACH, thread.tid)
         self.close()
 
     def abort(self) -> None:

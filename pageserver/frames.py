@@ -320,9 +320,7 @@ class FrameChecker:
 
     def error(self, reason: str) -> PeerError:
         """An error that says where in the stream it is."""
-        return PeerError(
-            f"page stream: {reason} (frame {self._sequence}, offset {self.offset})"
-        )
+        return PeerError(f"page stream: {reason} (frame {self._sequence}, offset {self.offset})")
 
     def _target(self, target: int) -> str:
         try:

@@ -26,7 +26,7 @@ TARGET = "pagemap-1"
 READY = b"r"
 
 
-def plain(size: int, chunk: int = FRAME_DATA) -> float:
+def plain(size: int, chunk: int = 1 << 20) -> float:
     """Bytes a second of sendall() to recv_into() over loopback TCP."""
 
     def send(sock: socket.socket) -> None:
@@ -85,15 +85,11 @@ class _Iovec(ctypes.Structure):
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _process_vm_readv(
-    pid: int, ranges: Sequence[PageRange], base: int, buffer: memoryview
-) -> None:
+def _process_vm_readv(pid: int, ranges: Sequence[PageRange], base: int, buffer: memoryview) -> None:
     # Without the engine: this module measures the floors below it.
     local = _Iovec(ctypes.addressof(ctypes.c_char.from_buffer(buffer)), len(buffer))
     remote = (_Iovec * len(ranges))(*[_Iovec(base + item.vaddr, item.size) for item in ranges])
-    got = _libc.process_vm_readv(
-        pid, ctypes.byref(local), ctypes.c_ulong(1), remote, ctypes.c_ulong(len(ranges)), 0
-    )
+    got = _libc.process_vm_readv(pid, ctypes.byref(local), ctypes.c_ulong(1), remote, ctypes.c_ulong(len(ranges)), 0)
     if got != len(buffer):
         raise OSError(ctypes.get_errno(), "process_vm_readv")
 

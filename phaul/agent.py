@@ -1,8 +1,8 @@
 """The destination's daemon: takes migrations, several at once, over one listening socket.
 
-    GET /migrate             WebSocket: the conversation of one migration (phaul.destination)
-    GET /migrations/TOKEN    JSON {"state", "agent"}: for a source whose Commit had no answer
-    page stream              recognized by its magic, joined to its migration by the token
+GET /migrate             WebSocket: the conversation of one migration (phaul.destination)
+GET /migrations/TOKEN    JSON {"state", "agent"}: for a source whose Commit had no answer
+page stream              recognized by its magic, joined to its migration by the token
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ class Agent:
         Raises:
             UsageError: cannot listen there.
         """
-        self._hello = await asyncio.to_thread(
-            handshake.hello, control.DESTINATION, agent_id=self._id
-        )
+        self._hello = await asyncio.to_thread(handshake.hello, control.DESTINATION, agent_id=self._id)
         app = web.Application()
         app.router.add_get("/migrate", self._migrate)
         app.router.add_get("/migrations/{token}", self._state)
@@ -182,11 +180,7 @@ class Agent:
         try:
             preamble = await read_preamble(sock, HELLO_TIMEOUT)
             migration = self._active.get(preamble.token)
-            if (
-                await answer(sock, preamble, migration is not None)
-                and migration is not None
-                and migration.attach(sock)
-            ):
+            if await answer(sock, preamble, migration is not None) and migration is not None and migration.attach(sock):
                 return
             log.warning("page stream refused: no migration waits for it")
         except PeerError as error:

@@ -54,9 +54,7 @@ class Destination:
         self._engine = EngineThread()
         self._options = RestoreOptions()
         self._restore: Restore | None = None
-        self._stream: asyncio.Future[socket.socket] = (
-            asyncio.get_running_loop().create_future()
-        )
+        self._stream: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
 
     @property
     def state(self) -> DestinationState:

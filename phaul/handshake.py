@@ -62,9 +62,7 @@ def check(source: control.Hello, destination: control.Hello) -> None:
     # Programs look at the CPU once, when they start, and use what they saw from then on.
     missing = set(source.cpu_features) - set(destination.cpu_features)
     if missing:
-        raise VersionMismatch(
-            f"CPU features: the source has {_join(missing)}, the destination has not"
-        )
+        raise VersionMismatch(f"CPU features: the source has {_join(missing)}, the destination has not")
     # The vDSO keeps its address, and threads may hold return addresses into it.
     _equal(
         "vDSO",
@@ -84,17 +82,14 @@ def _equal(
 ) -> None:
     key = key or show
     if key(source) != key(destination):
-        raise VersionMismatch(
-            f"{what}: {show(source)} at the source, {show(destination)} at the destination"
-        )
+        raise VersionMismatch(f"{what}: {show(source)} at the source, {show(destination)} at the destination")
 
 
 def _needs(side: control.Hello, needed: Iterable[str]) -> None:
     missing = [name for name in needed if not side.features.get(name, False)]
     if missing:
         raise VersionMismatch(
-            f"the kernel of the {_ROLE_NAMES[side.role]} ({side.kernel_release}) "
-            f"lacks {_join(missing)}"
+            f"the kernel of the {_ROLE_NAMES[side.role]} ({side.kernel_release}) lacks {_join(missing)}"
         )
 
 

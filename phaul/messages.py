@@ -40,9 +40,7 @@ Payload = (
 
 # Message name -> field of the envelope.
 _FIELDS = {
-    field.message_type.name: field.name
-    for field in control.Message.DESCRIPTOR.fields
-    if field.message_type is not None
+    field.message_type.name: field.name for field in control.Message.DESCRIPTOR.fields if field.message_type is not None
 }
 
 

@@ -181,14 +181,10 @@ class Source:
             handshake.check(ours, theirs)
             self._agent_id = theirs.agent_id
         self._machine.to(SourceState.PREFLIGHT)
-        self._progress(
-            f"{self._endpoint}: phaul {theirs.phaul_version}, kernel {theirs.kernel_release}"
-        )
+        self._progress(f"{self._endpoint}: phaul {theirs.phaul_version}, kernel {theirs.kernel_release}")
 
     async def _preflight(self, channel: Channel) -> Dump:
-        options = DumpOptions(
-            shell_job=self._options.shell_job, tcp_close=self._options.tcp_close
-        )
+        options = DumpOptions(shell_job=self._options.shell_job, tcp_close=self._options.tcp_close)
         with self._timeline.span("preflight"):
             found = await self._engine.run(preflight, self._pid, options)
             await channel.send(_preflight_message(found, self._options.shell_job))
@@ -205,9 +201,7 @@ class Source:
 
     async def _open_stream(self, dump: Dump, cleanup: contextlib.ExitStack) -> PageSender:
         with self._timeline.span("connect pages"):
-            stream = await asyncio.to_thread(
-                open_stream, self._endpoint, self.token, self._options.connect_timeout
-            )
+            stream = await asyncio.to_thread(open_stream, self._endpoint, self.token, self._options.connect_timeout)
         cleanup.callback(stream.close)
         return PageSender(stream, dump.read_pages)
 
@@ -243,8 +237,7 @@ class Source:
         self._report.bytes += totals.data
         self._report.rate = totals.data / seconds
         self._progress(
-            f"pages: {totals.data / (1 << 20):.1f} MiB in {seconds:.3f} s "
-            f"({self._report.rate / 1e6:.0f} MB/s)"
+            f"pages: {totals.data / (1 << 20):.1f} MiB in {seconds:.3f} s ({self._report.rate / 1e6:.0f} MB/s)"
         )
 
     async def _finish(self, channel: Channel, dump: Dump) -> None:
@@ -352,9 +345,7 @@ class Source:
             except aiohttp.ClientConnectorError as error:
                 raise unreachable(self._endpoint, error.os_error) from error
             except aiohttp.WSServerHandshakeError as error:
-                raise PeerError(
-                    f"{self._endpoint} is no phaul agent (HTTP {error.status})"
-                ) from error
+                raise PeerError(f"{self._endpoint} is no phaul agent (HTTP {error.status})") from error
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 raise PeerError(f"{self._endpoint} does not answer as a phaul agent") from error
             if ws.protocol != SUBPROTOCOL:
@@ -371,10 +362,7 @@ def _preflight_message(found: Preflight, shell_job: bool) -> control.Preflight:
     return control.Preflight(
         pids=found.pids,
         tids=found.tids,
-        files=[
-            control.NeededFile(path=file.path, size=file.size, build_id=file.build_id)
-            for file in found.files
-        ],
+        files=[control.NeededFile(path=file.path, size=file.size, build_id=file.build_id) for file in found.files],
         bytes=found.bytes,
         shell_job=shell_job,
     )

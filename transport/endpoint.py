@@ -74,9 +74,7 @@ class TcpEndpoint:
             UsageError: the address is taken, or is none of ours.
         """
         try:
-            found = socket.getaddrinfo(
-                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             family, kind, protocol, _, address = found[0]
             sock = socket.socket(family, kind, protocol)
         except OSError as error:

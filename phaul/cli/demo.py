@@ -20,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=200_000,
         help="how many keys redis holds (default 200000)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print the report as one JSON object on stdout"
-    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,22 +18,16 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options: CRIU's names and meanings."""
     parser.epilog = EPILOG
-    parser.add_argument(
-        "-t", "--tree", metavar="PID", type=int, required=True, help="root of the tree"
-    )
+    parser.add_argument("-t", "--tree", metavar="PID", type=int, required=True, help="root of the tree")
     add_images_dir(parser)
-    parser.add_argument(
-        "-R", "--leave-running", action="store_true", help="let the tree go on afterwards"
-    )
+    parser.add_argument("-R", "--leave-running", action="store_true", help="let the tree go on afterwards")
     add_tree_options(parser)
     add_log_options(parser)
 
 
 def add_images_dir(parser: argparse.ArgumentParser) -> None:
     """-D, the same for dump and restore."""
-    parser.add_argument(
-        "-D", "--images-dir", metavar="DIR", default=".", help="where the images are (default .)"
-    )
+    parser.add_argument("-D", "--images-dir", metavar="DIR", default=".", help="where the images are (default .)")
 
 
 def add_log_options(parser: argparse.ArgumentParser) -> None:

@@ -34,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=10.0,
         help="how long the destination may take to answer (default 10)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print the report as one JSON object on stdout"
-    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout")
 
 
 def add_tree_options(parser: argparse.ArgumentParser) -> None:

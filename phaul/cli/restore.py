@@ -20,12 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options: CRIU's names and meanings."""
     parser.epilog = EPILOG
     add_images_dir(parser)
-    parser.add_argument(
-        "-d", "--restore-detached", action="store_true", help="do not wait for the tree"
-    )
-    parser.add_argument(
-        "--pidfile", metavar="FILE", help="write the PID of the root there; must not exist"
-    )
+    parser.add_argument("-d", "--restore-detached", action="store_true", help="do not wait for the tree")
+    parser.add_argument("--pidfile", metavar="FILE", help="write the PID of the root there; must not exist")
     parser.add_argument(
         "-j",
         "--shell-job",

@@ -95,9 +95,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 def agent(*arguments: str) -> Iterator[str]:
     """A running agent; gives its address, and ends it with SIGTERM."""
     listen = arguments or ("--listen", "tcp://127.0.0.1:0")
-    process = subprocess.Popen(
-        [*PHAUL, "agent", *listen], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([*PHAUL, "agent", *listen], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], 20)

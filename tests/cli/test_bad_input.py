@@ -50,11 +50,8 @@ def here() -> Iterator[str]:
 )
 @pytest.mark.parametrize("command", ["dump", "migrate"])
 def test_pids_that_are_none(here: str, tmp_path: object, command: str, pid: int, says: str) -> None:
-    if command == "dump":
-        done = phaul("dump", f"-t{pid}", "-D", tmp_path)
-    else:
-        done = phaul("migrate", "--", pid, here)
-    assert_error(done, NoSuchProcess, says)
+    words = ["dump", f"-t{pid}", "-D", tmp_path] if command == "dump" else ["migrate", "--", pid, here]
+    assert_error(phaul(*words), NoSuchProcess, says)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,20 +24,18 @@ PORT = 7000
 
 
 @pytest.fixture
-def agent(hosts: TwoHosts, tmp_path: Path) -> Iterator[HostProcess]:
+def agent(hosts: TwoHosts, tmp_path: Path) -> HostProcess:
     """An agent on the second host."""
     _, destination = hosts
     log = tmp_path / "agent.log"
-    process = destination.popen(
-        [*PHAUL, "agent", "--listen", address(destination), "--insecure"], stdout=log, cwd=ROOT
-    )
+    process = destination.popen([*PHAUL, "agent", "--listen", address(destination), "--insecure"], stdout=log, cwd=ROOT)
     wait_for(lambda: "listening on" in log.read_text(), log)
-    yield process
+    return process
 
 
-def wait_for(condition: object, log: Path, seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], bool], log: Path, seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
 
@@ -87,9 +85,7 @@ def test_the_report_for_people(hosts: TwoHosts, agent: HostProcess) -> None:
 def test_there_and_back_again(hosts: TwoHosts, agent: HostProcess, tmp_path: Path) -> None:
     source, destination = hosts
     log = tmp_path / "back.log"
-    back = source.popen(
-        [*PHAUL, "agent", "--listen", address(source), "--insecure"], stdout=log, cwd=ROOT
-    )
+    back = source.popen([*PHAUL, "agent", "--listen", address(source), "--insecure"], stdout=log, cwd=ROOT)
     wait_for(lambda: "listening on" in log.read_text(), log)
     with Target.start("threads", host=source) as target:
         for here, there in ((source, destination), (destination, source)):
@@ -101,9 +97,7 @@ def test_there_and_back_again(hosts: TwoHosts, agent: HostProcess, tmp_path: Pat
     assert back.wait(20) == 0
 
 
-def test_another_build_at_the_destination(
-    hosts: TwoHosts, agent: HostProcess, tmp_path: Path
-) -> None:
+def test_another_build_at_the_destination(hosts: TwoHosts, agent: HostProcess, tmp_path: Path) -> None:
     source, destination = hosts
     program = tmp_path / "program"
     shutil.copy(shutil.which("sleep") or "", program)
@@ -121,9 +115,7 @@ def test_another_build_at_the_destination(
     assert migrate(hosts, process.pid).returncode == 0
 
 
-def test_a_file_is_missing_at_the_destination(
-    hosts: TwoHosts, agent: HostProcess, tmp_path: Path
-) -> None:
+def test_a_file_is_missing_at_the_destination(hosts: TwoHosts, agent: HostProcess, tmp_path: Path) -> None:
     source, destination = hosts
     library = tmp_path / "directory"
     library.mkdir()
@@ -137,9 +129,7 @@ def test_a_file_is_missing_at_the_destination(
     assert process.pid in source.pids()
 
 
-def test_the_agent_dies_while_pages_move(
-    hosts: TwoHosts, agent: HostProcess, tmp_path: Path
-) -> None:
+def test_the_agent_dies_while_pages_move(hosts: TwoHosts, agent: HostProcess, tmp_path: Path) -> None:
     source, destination = hosts
     with Target.start("beat", "256", "4000", "3", host=source) as target:
         before = visible_tree(target.outer_pid)
@@ -161,9 +151,7 @@ def test_the_agent_dies_while_pages_move(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_while_pages_move(
-    hosts: TwoHosts, agent: HostProcess, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_ctrl_c_while_pages_move(hosts: TwoHosts, agent: HostProcess, tmp_path: Path, number: signal.Signals) -> None:
     source, destination = hosts
     with Target.start("beat", "256", "4000", "3", host=source) as target:
         before = visible_tree(target.outer_pid)

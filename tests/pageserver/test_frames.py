@@ -178,9 +178,7 @@ def test_totals_that_do_not_agree() -> None:
 
 
 big_ranges = st.lists(
-    st.builds(
-        lambda page, count: PageRange(page * PAGE, count), page_numbers, st.integers(1, 5000)
-    ),
+    st.builds(lambda page, count: PageRange(page * PAGE, count), page_numbers, st.integers(1, 5000)),
     max_size=30,
 )
 
@@ -195,15 +193,8 @@ def test_split_keeps_every_page_in_order(ranges: list[PageRange], pages: int) ->
     for chunk in chunks[:-1]:
         full = sum(item.nr_pages for item in chunk) == pages
         assert full or chunk[-1].end % (frames.HUGE_PAGES * PAGE) == 0
-    flat = [
-        (item.vaddr + index * PAGE)
-        for chunk in chunks
-        for item in chunk
-        for index in range(item.nr_pages)
-    ]
-    assert flat == [
-        item.vaddr + index * PAGE for item in ranges for index in range(item.nr_pages)
-    ]
+    flat = [(item.vaddr + index * PAGE) for chunk in chunks for item in chunk for index in range(item.nr_pages)]
+    assert flat == [item.vaddr + index * PAGE for item in ranges for index in range(item.nr_pages)]
 
 
 def test_split_keeps_huge_pages_whole() -> None:

@@ -78,9 +78,7 @@ async def test_other_requests(world: World, path: str, status: int) -> None:
     ],
     ids=["text", "empty", "garbage", "huge", "commit-first", "wrong-role", "bad-token"],
 )
-async def test_those_who_do_not_greet(
-    world: World, send: Callable[[aiohttp.ClientWebSocketResponse], object]
-) -> None:
+async def test_those_who_do_not_greet(world: World, send: Callable[[aiohttp.ClientWebSocketResponse], object]) -> None:
     async with agent_running() as (_, endpoint):
         async with websocket(endpoint) as ws:
             await send(ws)  # type: ignore[misc]

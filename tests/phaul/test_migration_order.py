@@ -194,9 +194,7 @@ async def test_running_is_lost_and_asked_for(world: World) -> None:
     assert (world.source, world.destination) == ("gone", "runs")
 
 
-async def test_running_is_lost_and_nobody_answers(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_running_is_lost_and_nobody_answers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phaul.source, "DOUBT_TIMEOUT", 1.0)
     async with agent_running() as (_, behind):
         proxy = Proxy(behind)
@@ -242,16 +240,12 @@ async def test_an_interrupt_after_the_commit_changes_nothing(world: World) -> No
     async with agent_running() as (_, endpoint):
         source = Source(PID, endpoint, OPTIONS)
         loop = asyncio.get_running_loop()
-        world.before["resume"] = lambda: pause_after(
-            lambda: loop.call_soon_threadsafe(source.interrupt)
-        )
+        world.before["resume"] = lambda: pause_after(lambda: loop.call_soon_threadsafe(source.interrupt))
         await source.migrate()
     assert (world.source, world.destination) == ("gone", "runs")
 
 
-async def test_a_new_agent_at_the_address_is_not_believed(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_new_agent_at_the_address_is_not_believed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     async with agent_running() as (agent, behind):
         proxy = Proxy(behind)
         async with proxy.open() as endpoint:
@@ -296,9 +290,7 @@ async def test_letting_go_fails_half_way(world: World) -> None:
     assert world.source == "held"
 
 
-async def test_what_stands_against_it_is_named_before_the_freeze(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_stands_against_it_is_named_before_the_freeze(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phaul.destination.check_files", lambda files: ["/lib/x: another build"])
     async with agent_running() as (_, endpoint):
         with pytest.raises(RestoreError, match="^destination: /lib/x: another build$"):
@@ -326,9 +318,7 @@ async def test_what_was_said_to_be_dropped_never_runs(world: World) -> None:
     assert (world.source, world.destination) == ("runs", "gone")
 
 
-async def test_dropped_tokens_do_not_pile_up(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_dropped_tokens_do_not_pile_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phaul.agent.MAX_DROPPED", 3)
     async with agent_running() as (agent, endpoint):
         source = Source(PID, endpoint, OPTIONS)

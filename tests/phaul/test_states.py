@@ -50,7 +50,7 @@ def test_the_source_can_take_everything_back_until_it_is_committed() -> None:
 
 
 @pytest.mark.parametrize(("state", "same_agent"), list(product(D, [True, False])))
-def test_a_verdict_never_makes_two_of_one(state: D, same_agent: bool) -> None:
+def test_a_verdict_never_makes_two_of_one(state: DestinationState, same_agent: bool) -> None:
     answer = verdict(state, same_agent)
     future = reachable(state)
     if answer is Verdict.RESUME:

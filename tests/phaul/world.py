@@ -200,9 +200,8 @@ async def agent_running(endpoint: Endpoint | None = None) -> AsyncIterator[tuple
     ready: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
     agent = Agent(endpoint or TcpEndpoint("127.0.0.1", 0))
     serving = asyncio.create_task(agent.serve(ready.set_result))
-    await asyncio.wait({ready, serving}, return_when=asyncio.FIRST_COMPLETED)
     try:
-        yield agent, ready.result()
+        yield agent, await asyncio.wait_for(ready, 10)
     finally:
         serving.cancel()
         await asyncio.wait({serving})
@@ -237,20 +236,14 @@ class Proxy:
             writer.transport.abort()
         self._writers.clear()
 
-    async def _serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.append(writer)
         if self.refuses:
             writer.transport.abort()
             return
-        there_reader, there_writer = await asyncio.open_connection(
-            self._behind.host, self._behind.port
-        )
+        there_reader, there_writer = await asyncio.open_connection(self._behind.host, self._behind.port)
         self._writers.append(there_writer)
-        await asyncio.gather(
-            self._copy(reader, there_writer), self._copy(there_reader, writer)
-        )
+        await asyncio.gather(self._copy(reader, there_writer), self._copy(there_reader, writer))
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):

@@ -63,6 +63,7 @@ RESTLESS: dict[str, tuple[str, ...]] = {
     "files": ("*fds.23.pos", "*fds.27.pos"),
     "proc_attrs": ("*fds.4", "*fds.4.*"),
     "rseq_robust_tid": ("*.Cpus_allowed_list",),
+    "refuse_iouring": ("*.Sq*", "*.Cq*", "*.Cached*"),
     "timers": ("*ShdPnd", "*.SigPnd"),
 }
 """What a program changes of its visible state by working: `ignore` for `visible.difference`."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from phaul.engine import native
-from phaul.engine.sockdiag import TCP_CLOSE, TCP_ESTABLISHED, TCP_LISTEN, UnixSocket
+from phaul.engine.sockdiag import TCP_CLOSE, TCP_ESTABLISHED, TCP_LISTEN, UnixSocket, unix_sockets
 from phaul.engine.state.files import sockopts
 from phaul.engine.state.files.base import (
     FileBuild,
@@ -363,7 +363,7 @@ class _Build:
         name = _name(usk)
         try:
             if _is_path(name):
-                _remove_stale(name, usk.type)
+                _remove_stale(name)
             sock.bind(name)
             if _is_path(name) and not keep:
                 os.unlink(name)
@@ -467,19 +467,16 @@ def _accepted(kind: int, name: bytes) -> tuple[int, int]:
             end.close()
 
 
-def _remove_stale(path: bytes, kind: int) -> None:
-    """Remove a socket's node that a dead process has left."""
+def _remove_stale(path: bytes) -> None:
+    """Remove a socket's node that no socket of our network namespace has.
+
+    A dead process has left it, or the source is bound to it through a file system that both hosts see. Whether
+    somebody listens must not be tried out by connecting: that would leave a connection in a frozen listener.
+    """
     with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return
-        with socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC) as probe:
-            probe.setblocking(False)
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-            except OSError:
-                return
+        node = os.lstat(path)
+        if stat.S_ISSOCK(node.st_mode) and node.st_ino & 0xFFFFFFFF not in {found.vfs_inode for found in unix_sockets().values()}:
+            os.unlink(path)
 
 
 def _in_directory(directory: str, call: Callable[[], object]) -> None:
