@@ -12,7 +12,7 @@ SOURCES = ["injected.c", "memory.c", "skeleton.c", "trace.c"]
 # System calls that batches or we ourselves make. Numbers come from the kernel's headers.
 SYSCALLS = """
 accept4 bind brk capset chdir chroot clock_gettime clone3 close close_range connect dup dup2 dup3
-epoll_create1 epoll_ctl eventfd2 execveat exit exit_group fchdir fchmod fcntl flock fork fstat
+epoll_create1 epoll_ctl epoll_wait eventfd2 execveat exit exit_group fchdir fchmod fcntl flock fork fstat
 ftruncate futex get_robust_list getcpu getegid geteuid getgid getgroups getitimer getpgid getpid getppid
 getpriority getresgid getresuid getsid getsockopt gettid getuid ioctl ioprio_get ioprio_set kcmp kill
 listen lseek madvise membarrier memfd_create mincore mlock mlock2 mlockall mmap mount mprotect mremap

@@ -28,10 +28,21 @@ LOOP: Final = CODE.code[: CODE.stub]
 MAX_SCRATCH: Final = 64 << 20
 EINTR, ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, RESTARTBLOCK = -4, -512, -513, -514, -516
 NR_RESTART_SYSCALL: Final = 219
+# Calls that return EINTR after any stop and have done nothing yet then (signal(7)): read, write, readv,
+# writev, accept, sendto, recvfrom, sendmsg, recvmsg, semop, msgsnd, msgrcv, rt_sigtimedwait, io_getevents,
+# semtimedop, epoll_wait, epoll_pwait, accept4, recvmmsg, sendmmsg, io_pgetevents, epoll_pwait2.
+INTERRUPTED_BY_STOP: Final = frozenset(
+    {0, 1, 19, 20, 43, 44, 45, 46, 47, 65, 69, 70, 128, 208, 220, 232, 281, 288, 299, 307, 333, 441}
+)
 _SAVED = ("flags", "sp", None, *"ax bx cx dx si di bp r8 r9 r10 r11 r12 r13 r14 r15 ip".split())
 
 # Ignored by default, and rarely anything else (SIGCONT last: sending it has an effect on a stopped group).
 STOP_SIGNALS: Final = (23, 28, 17, 18)  # SIGURG, SIGWINCH, SIGCHLD, SIGCONT
+
+
+def stop_signal(taken: int) -> int:
+    """A signal to end lists with that is not in `taken` (bit 0: signal 1); 0 if there is none."""
+    return next((number for number in STOP_SIGNALS if not taken >> (number - 1) & 1), 0)
 
 
 def signed(word: int) -> int:
@@ -46,13 +57,14 @@ def deliverable(proc: Proc, sigmask: int) -> bool:
 def resumed(registers: Registers, signal_waits: bool) -> Registers:
     """Registers for a task that goes on in user mode without the kernel's help to restart its call.
 
-    Any ptrace stop makes calls such as epoll_wait return EINTR: without a signal to deliver that was us, and the
-    call is made again.
+    Any ptrace stop makes some calls return EINTR: without a signal to deliver that was us, and the call is made
+    again.
     """
     gpr = dict(registers.gpr)
     if signed(gpr["orig_ax"]) >= 0:
         error = signed(gpr["ax"])
-        if error in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND) or (error == EINTR and not signal_waits):
+        by_us = error == EINTR and not signal_waits and gpr["orig_ax"] in INTERRUPTED_BY_STOP
+        if error in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND) or by_us:
             gpr["ax"] = gpr["orig_ax"]
         elif error == RESTARTBLOCK:
             gpr["ax"] = NR_RESTART_SYSCALL
@@ -104,8 +116,7 @@ class SourceRunner:
 
     def _stop_signal(self) -> int:
         proc = Proc(self.pid, self.tid)
-        taken = proc.signal_set("SigCgt") | proc.signal_set("SigPnd") | proc.signal_set("ShdPnd")
-        return next((s for s in STOP_SIGNALS if not taken >> (s - 1) & 1), 0)
+        return stop_signal(proc.signal_set("SigCgt") | proc.signal_set("SigPnd") | proc.signal_set("ShdPnd"))
 
     def execute(self, records: bytes, buffers: bytes) -> tuple[bytes, bytes]:
         """See Runner. Whatever happens, the thread is put back as it was."""
@@ -180,13 +191,14 @@ class SkeletonRunner:
     """Runs batches in one stopped thread of a skeleton.
 
     Args:
+        stop_signal: ends a list; pending nowhere in the process, or 0 to do without.
         code: address of the injected code. scratch: address of `size` bytes of scratch memory.
 
     `new_tids` collects the tasks that batches created; they are traced and wait to be waited for.
     """
 
-    def __init__(self, pid: int, tid: int, code: int, scratch: int, size: int) -> None:
-        self.pid, self.tid, self.code = pid, tid, code
+    def __init__(self, pid: int, tid: int, stop_signal: int, code: int, scratch: int, size: int) -> None:
+        self.pid, self.tid, self.code, self._stop = pid, tid, code, stop_signal
         self.middle = scratch + size // 2
         self._half = size // 2
         self._registers = native.get_registers(tid)
@@ -201,13 +213,13 @@ class SkeletonRunner:
         start.gpr |= {
             "ip": self.code,
             "orig_ax": -1,
-            "bp": STOP_SIGNALS[0],
+            "bp": self._stop,
             "bx": 0,
             "r12": self.middle - RECORD.size,
             "r13": low - RECORD.size,
             "sp": self.middle + self._half - 16,
         }
-        run = native.run(self.tid, STOP_SIGNALS[0], self.code + CODE.marker, start)
+        run = native.run(self.tid, self._stop, self.code + CODE.marker, start)
         self.new_tids += run.new_tids
         after = native.read_memory(self.pid, low, length)
         return after[: len(records)], after[len(records) :]

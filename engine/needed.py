@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from phaul.engine.proc import Mapping, Proc
 from phaul.engine.vmas import is_memfd
+from phaul.errors import NoSuchProcess
 
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SEGMENT = struct.Struct("<IIQQQQQQ")
@@ -92,7 +93,7 @@ def needed_by(pid: int, maps: Iterable[Mapping]) -> list[NeededFile]:
     for name in ["cwd", *(f"fd/{fd}" for fd in proc.fds())]:
         try:
             link = proc.link(name)
-        except OSError:
+        except NoSuchProcess:
             continue  # closed meanwhile
         if link.startswith(b"/") and os.path.exists(link):
             found.setdefault(link, NeededFile(link))

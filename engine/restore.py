@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from phaul.engine import clocks, native
 from phaul.engine.batch import Batch, BatchError
 from phaul.engine.dump import IMAGE_VERSION
+from phaul.engine.inject import stop_signal
 from phaul.engine.memory import Bounds, ProcessPages, SharedObject
 from phaul.engine.needed import build_id, words
 from phaul.engine.skeleton import SkeletonProcess, SkeletonThread, SkeletonTree, local_vdso
-from phaul.engine.source import NotPermitted
-from phaul.engine.state import fds, fs, mm, registers, registry
+from phaul.engine.state import fds, fs, mm, registers, registry, signals
 from phaul.engine.state.files import memfd
 from phaul.engine.state.files.base import FileBuild
 from phaul.engine.vmas import KERNEL_OWNED, Status, lock_all, map_all
-from phaul.errors import ImageError, PhaulError, RestoreError
+from phaul.errors import ImageError, NotPermitted, PhaulError, RestoreError
 from phaul.images.imageset import ImageSet
 from phaul.images.pagemap import PageRange, parse_pagemap
 from phaul.images.pb.core_pb2 import core_entry

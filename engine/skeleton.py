@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
@@ -37,7 +37,6 @@ _OPTIONS: Final = (
 _MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
 _THREAD_FLAGS: Final = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM FS FILES SIGHAND THREAD SYSVSEM
 _CLONE_ARGS: Final = struct.Struct("<11Q")
-_NOTHING: Final = ~0x4000_0000 & (1 << 64) - 1
 
 
 def _clone_args(flags: int, exit_signal: int, set_tid: int) -> bytes:
@@ -55,7 +54,7 @@ class SkeletonThread:
     @cached_property
     def runner(self) -> SkeletonRunner:
         tree = self.process.tree
-        return SkeletonRunner(self.process.pid, self.tid, tree.code, tree.code + PAGE_SIZE, SCRATCH)
+        return SkeletonRunner(self.process.pid, self.tid, tree.stop_signal, tree.code, tree.code + PAGE_SIZE, SCRATCH)
 
     def batch(self) -> Batch:
         """A batch of system calls for this thread. One at a time in a process: they share the scratch."""
@@ -101,6 +100,7 @@ class SkeletonTree:
         entries: the tree, parents before children.
         mms: the address space of each process.
         path_of_file: for a file id, a path by which the skeletons can open it.
+        stop_signal: ends batches; must not be pending anywhere in the tree, or 0 (see `native.run`).
         keep_session: the root stays in the session and process group of our process.
     """
 
@@ -110,9 +110,10 @@ class SkeletonTree:
         mms: dict[int, mm_entry],
         path_of_file: Callable[[int], str],
         *,
+        stop_signal: int,
         keep_session: bool = False,
     ) -> None:
-        self.path_of_file, self._keep_session = path_of_file, keep_session
+        self.path_of_file, self.stop_signal, self._keep_session = path_of_file, stop_signal, keep_session
         by_pid: dict[int, SkeletonProcess] = {}
         for entry in entries:
             process = SkeletonProcess(entry, self, by_pid.get(entry.ppid), mms[entry.pid])
@@ -180,7 +181,9 @@ class SkeletonTree:
     def _move_code(self, root: SkeletonProcess) -> None:
         """Run from an anonymous page: while the stub's file is mapped, the exe link cannot be changed (EBUSY)."""
         native.write_memory(root.pid, self.code, CODE.code)
-        call = Batch(SkeletonRunner(root.pid, root.pid, self._stub_base, self.code + PAGE_SIZE, SCRATCH))
+        call = Batch(
+            SkeletonRunner(root.pid, root.pid, self.stop_signal, self._stub_base, self.code + PAGE_SIZE, SCRATCH)
+        )
         call.mprotect(self.code, PAGE_SIZE, 5)  # PROT_READ|PROT_EXEC
         call.run()
 
@@ -193,7 +196,7 @@ class SkeletonTree:
         return RestoreError(f"PID {pid} cannot be made ({step}): {os.strerror(error)}")
 
     @contextlib.contextmanager
-    def _naming(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[misc]
+    def _naming(self) -> Iterator[None]:
         try:
             yield
         except BatchError as error:
@@ -286,11 +289,6 @@ class SkeletonTree:
             # Fewer a batch than native.LIST_MAX new tasks.
             for i in range(0, len(tids), 512):
                 self._clone(process, process, tids[i : i + 512], _THREAD_FLAGS)
-
-    def block_signals(self) -> None:
-        """All but what our code stops by: nothing may be delivered before everything is in place."""
-        for thread in self.threads:
-            native.set_sigmask(thread.tid, _NOTHING)
 
     def set_registers(self, process: SkeletonProcess, registers: dict[int, Registers]) -> None:
         """Remove the scratch and set the final registers of all threads (by TID): nothing can be injected any more."""

@@ -381,4 +381,3 @@ def _attach(made: FileBuild, name: str, numbers: dict[int, dict[int, bool]], cal
         if entry is None:
             raise ImageError(f"{name}: there is no file with id {file_id}")
         kind_of(entry.type).attach(entry, min(found), name, made, call)
-

@@ -44,8 +44,9 @@ def dump_process(process: SourceProcess, call: Batch, images: ImageSet) -> Itera
         exe_file_id=0,
         dumpable=dumpable.value,
         mm_saved_auxv=struct.unpack(f"<{len(auxv) // 8}Q", auxv),
-        **{name: int(process.proc.stat[number]) for name, number in _STAT.items()},
     )
+    for name, number in _STAT.items():
+        setattr(entry, name, int(process.proc.stat[number]))
     if no_thp.value == 1:
         entry.thp_disabled = True
     images.add(f"mm-{process.pid}", entry)

@@ -20,6 +20,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from phaul.engine import native
+from phaul.engine.inject import INTERRUPTED_BY_STOP
 from phaul.engine.native import Registers
 from phaul.engine.proc import PAGE_SIZE, Proc
 from phaul.errors import CannotMove, ImageError, NoSuchProcess, RestoreError
@@ -63,12 +64,6 @@ _SYSCALL_LENGTH: Final = 2
 _NR_RESTART_SYSCALL: Final = 219
 # Calls that leave a restart block: poll, nanosleep, futex, clock_nanosleep.
 _WITH_RESTART_BLOCK: Final = frozenset({7, 35, 202, 230})
-# Calls that return EINTR after any stop and have done nothing yet then (signal(7)): read, write, readv,
-# writev, accept, sendto, recvfrom, sendmsg, recvmsg, semop, msgsnd, msgrcv, rt_sigtimedwait, io_getevents,
-# semtimedop, epoll_wait, epoll_pwait, accept4, recvmmsg, sendmmsg, io_pgetevents, epoll_pwait2.
-_INTERRUPTED_BY_STOP: Final = frozenset(
-    {0, 1, 19, 20, 43, 44, 45, 46, 47, 65, 69, 70, 128, 208, 220, 232, 281, 288, 299, 307, 333, 441}
-)
 _MASK: Final = (1 << 64) - 1
 
 
@@ -170,7 +165,7 @@ def restartable(registers: Registers, code: bytes) -> Registers:
         if original is None:
             return _with(registers, ax=-errno.EINTR, orig_ax=-1)
         return _with(registers, ax=ERESTARTNOHAND, orig_ax=original)
-    if result == ERESTART_RESTARTBLOCK or (result == -errno.EINTR and number in _INTERRUPTED_BY_STOP):
+    if result == ERESTART_RESTARTBLOCK or (result == -errno.EINTR and number in INTERRUPTED_BY_STOP):
         return _with(registers, ax=ERESTARTNOHAND)
     return registers
 

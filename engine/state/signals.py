@@ -105,6 +105,19 @@ def restore_thread(thread: SkeletonThread, call: Batch, core: core_entry) -> Non
             call.rt_tgsigqueueinfo(pid, tid, _signo(info), call.data(info))
 
 
+def pending_anywhere(images: ImageSet) -> int:
+    """Mask of the signals that are queued for any process or thread of the tree (bit 0: signal 1)."""
+    mask = 0
+    for name in images.names():
+        if name.startswith("core-"):
+            core = images.one(name, core_entry)
+            tid = int(name.removeprefix("core-"))
+            for entry in (core.tc.signals_s, core.thread_core.signals_p):
+                for info in _decode_queue(entry, tid):
+                    mask |= 1 << _signo(info) - 1
+    return mask
+
+
 def _encode_queue(queue: list[bytes], entry: signal_queue_entry, pid: int) -> None:
     entry.SetInParent()
     for info in queue:

@@ -35,9 +35,7 @@ _OFF, _ON, _GET = range(3)
 # A timer id is reached by making and deleting this many others, where the kernel cannot be told the id.
 MAX_ID_STEPS: Final = 20_000
 
-_RECORD: Final = re.compile(
-    r"ID: (\d+)\nsignal: (\d+)/([0-9a-f]+)\nnotify: (\w+)/(pid|tid)\.(\d+)\nClockID: (-?\d+)\n"
-)
+_RECORD: Final = re.compile(r"ID: (\d+)\nsignal: (\d+)/([0-9a-f]+)\nnotify: (\w+)/(pid|tid)\.(\d+)\nClockID: (-?\d+)\n")
 _NOTIFY: Final = {"signal": SIGEV_SIGNAL, "none": SIGEV_NONE, "thread": SIGEV_THREAD}
 
 
@@ -159,13 +157,11 @@ def _create(pid: int, call: Batch, timers: task_timers_entry) -> list[tuple[int,
         return made
     # A process counts its timers from 0 up, also those that are gone.
     if wanted[-1].it_id > MAX_ID_STEPS:
-        raise RestoreError(
-            f"POSIX timer {wanted[-1].it_id} of PID {pid}: this kernel cannot restore so high an id"
-        )
-    spare, next_id = call.space(_ID.size), 0
+        raise RestoreError(f"POSIX timer {wanted[-1].it_id} of PID {pid}: this kernel cannot restore so high an id")
+    nothing, spare, next_id = call.data(_SIGEVENT.pack(0, 0, SIGEV_NONE, 0)), call.space(_ID.size), 0
     for timer in wanted:
         for passed in range(next_id, timer.it_id):
-            call.timer_create(0, call.data(_SIGEVENT.pack(0, 0, SIGEV_NONE, 0)), spare)
+            call.timer_create(0, nothing, spare)
             call.timer_delete(passed)
         room = call.space(_ID.size)
         call.timer_create(_clock(timer), call.data(_event(timer)), room)

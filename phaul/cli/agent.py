@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from phaul.cli.common import require_root
+
 if TYPE_CHECKING:
     from phaul.transport.endpoint import Endpoint
 
@@ -39,14 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve; the exit code."""
     import asyncio
-    import os
 
-    from phaul.errors import NotPermitted
     from phaul.transport.endpoint import parse
 
     endpoint = parse(args.listen)
-    if os.geteuid() != 0:
-        raise NotPermitted("the agent must run as root")
+    require_root("the agent")
     asyncio.run(_serve(endpoint, args.insecure))
     return 0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from phaul.cli.common import require_root
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -16,11 +18,9 @@ def run(args: argparse.Namespace) -> int:
     import os
 
     from phaul.engine import kernel
-    from phaul.errors import NotPermitted
     from phaul.handshake import DESTINATION_NEEDS, SOURCE_NEEDS
 
-    if os.geteuid() != 0:
-        raise NotPermitted("some features can be probed by root only")
+    require_root("phaul check")
     features = kernel.features()
     missing = [n for n in (*SOURCE_NEEDS, *DESTINATION_NEEDS) if not features.get(n, False)]
     if args.json:

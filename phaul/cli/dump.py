@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from phaul.cli.migrate import add_tree_options
+from phaul.cli.common import add_images_dir, add_log_options, add_tree_options, set_up_log
 
 EPILOG = """\
 The images are CRIU's. The tree is killed once all of it is saved; with -R, and
@@ -25,37 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_log_options(parser)
 
 
-def add_images_dir(parser: argparse.ArgumentParser) -> None:
-    """-D, the same for dump and restore."""
-    parser.add_argument("-D", "--images-dir", metavar="DIR", default=".", help="where the images are (default .)")
-
-
-def add_log_options(parser: argparse.ArgumentParser) -> None:
-    """-o and -v, the same for dump and restore."""
-    parser.add_argument("-o", "--log-file", metavar="FILE", help="write the log there")
-    parser.add_argument(
-        "-v",
-        dest="verbosity",
-        metavar="LEVEL",
-        type=int,
-        nargs="?",
-        const=4,
-        default=2,
-        help="how much is logged: 0 nothing, 1 errors, 2 warnings, 3 information, 4 all",
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Dump; the exit code."""
     import signal
     from pathlib import Path
 
-    from phaul.cli.logs import set_up
     from phaul.engine.dump import Dump, DumpOptions, preflight
     from phaul.engine.imagedir import dump_to_directory
     from phaul.engine.thread import EngineThread
 
-    set_up(args)
+    set_up_log(args)
     # As Ctrl-C: what has been stopped goes on before we end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = DumpOptions(shell_job=args.shell_job, tcp_close=args.tcp_close)

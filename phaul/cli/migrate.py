@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from phaul.cli.common import add_tree_options, require_root
+
 if TYPE_CHECKING:
     from phaul.source import MigrateOptions, Report
     from phaul.transport.endpoint import Endpoint
@@ -37,21 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout")
 
 
-def add_tree_options(parser: argparse.ArgumentParser) -> None:
-    """Options about what a tree may have, the same wherever one is read."""
-    parser.add_argument(
-        "-j",
-        "--shell-job",
-        action="store_true",
-        help="the tree may belong to a session or a terminal from outside",
-    )
-    parser.add_argument(
-        "--tcp-close",
-        action="store_true",
-        help="established TCP connections come back closed",
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Migrate; the exit code."""
     import asyncio
@@ -65,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         connect_timeout=args.connect_timeout,
     )
     endpoint = parse(args.destination)
+    require_root("phaul migrate")
     report = asyncio.run(_migrate(args.pid, endpoint, options))
     if args.json:
         print(report.to_json())

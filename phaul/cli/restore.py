@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from phaul.cli.dump import add_images_dir, add_log_options
+from phaul.cli.common import add_images_dir, add_log_options, set_up_log
 
 EPILOG = """\
 Without -d, phaul is the parent of the tree, waits for its root and exits as the
@@ -36,12 +36,11 @@ def run(args: argparse.Namespace) -> int:
     import signal
     from pathlib import Path
 
-    from phaul.cli.logs import set_up
     from phaul.engine.imagedir import restore_from_directory
     from phaul.engine.restore import RestoreOptions
     from phaul.engine.thread import EngineThread
 
-    set_up(args)
+    set_up_log(args)
     # As Ctrl-C: what is half built is taken away before we end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = RestoreOptions(shell_job=args.shell_job, detached=args.restore_detached)

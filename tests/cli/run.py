@@ -20,7 +20,7 @@ PHAUL = [sys.executable, "-m", "phaul"]
 _AS_NOBODY = """
 import os, sys
 import phaul.agent, phaul.source, phaul.engine.imagedir, phaul.handshake
-import phaul.cli.agent, phaul.cli.check, phaul.cli.dump, phaul.cli.logs
+import phaul.cli.agent, phaul.cli.check, phaul.cli.dump
 import phaul.cli.migrate, phaul.cli.restore
 from phaul.cli import main
 os.setgroups([])

@@ -116,7 +116,8 @@ def test_a_refused_program_is_unharmed(images: Path) -> None:
         assert f" of PID {target.pid}: " in line
         assert "io_uring" in line
         assert not list(images.iterdir())
-        assert not difference(before, visible_state(target.pid))
+        # Its ring turns while it works.
+        assert not difference(before, visible_state(target.pid), ["fds.*Head", "fds.*Tail"])
         target.finish()
 
 

@@ -46,7 +46,7 @@ def test_cpu_features_of_the_source_must_be_there() -> None:
         check(here, hello(control.DESTINATION))
 
 
-@pytest.mark.parametrize(("side", "feature"), [("source", "pagemap_scan"), ("destination", "clone3_set_tid")])
+@pytest.mark.parametrize(("side", "feature"), [("source", "pidfd_getfd"), ("destination", "clone3_set_tid")])
 def test_each_role_needs_its_kernel_features(side: str, feature: str) -> None:
     sides = {"source": hello(control.SOURCE), "destination": hello(control.DESTINATION)}
     sides[side].features[feature] = False

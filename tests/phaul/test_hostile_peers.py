@@ -60,9 +60,12 @@ async def still_works(endpoint: Endpoint) -> None:
     [("/", 404), ("/migrate", 400), ("/migrations/xyz", 400), ("/migrations/ab", 400)],
 )
 async def test_other_requests(world: World, path: str, status: int) -> None:
-    async with agent_running() as (_, endpoint), aiohttp.ClientSession() as http:
-        async with http.get(url(endpoint, path)) as response:
-            assert response.status == status
+    async with (
+        agent_running() as (_, endpoint),
+        aiohttp.ClientSession() as http,
+        http.get(url(endpoint, path)) as response,
+    ):
+        assert response.status == status
 
 
 @pytest.mark.parametrize(

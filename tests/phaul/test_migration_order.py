@@ -293,7 +293,7 @@ async def test_letting_go_fails_half_way(world: World) -> None:
 async def test_what_stands_against_it_is_named_before_the_freeze(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phaul.destination.check_files", lambda files: ["/lib/x: another build"])
     async with agent_running() as (_, endpoint):
-        with pytest.raises(RestoreError, match="^destination: /lib/x: another build$"):
+        with pytest.raises(RestoreError, match=r"^destination: /lib/x: another build$"):
             await Source(PID, endpoint, OPTIONS).migrate()
     assert "freeze" not in world.log
 

@@ -64,7 +64,7 @@ RESTLESS: dict[str, tuple[str, ...]] = {
     "proc_attrs": ("*fds.4", "*fds.4.*"),
     "rseq_robust_tid": ("*.Cpus_allowed_list",),
     "refuse_iouring": ("*.Sq*", "*.Cq*", "*.Cached*"),
-    "timers": ("*ShdPnd", "*.SigPnd"),
+    "timers": ("*ShdPnd", "*.SigPnd", "*.SigBlk"),  # sigtimedwait(2) unblocks what it waits for
 }
 """What a program changes of its visible state by working: `ignore` for `visible.difference`."""
 

@@ -1,4 +1,4 @@
-"""Every target program through `phaul migrate`, seen from outside before and after; and a refusal that harms nothing."""
+"""Every target program through `phaul migrate`, compared from outside before and after; refusals harm nothing."""
 
 from __future__ import annotations
 

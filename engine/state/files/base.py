@@ -172,16 +172,19 @@ def _read_table(pid: int) -> Iterator[tuple[User, OpenFile]]:
             continue  # closed meanwhile: only while the process runs
         all_flags = int(flags.split()[1], 8)
         user = User(pid, number, bool(all_flags & os.O_CLOEXEC))
-        yield user, OpenFile(
-            pid,
-            f"fd {number}",
-            path,
-            link,
-            status,
-            all_flags & ~os.O_CLOEXEC,
-            int(pos.split()[1]),
-            int(mnt_id.split()[1]),
-            tuple(info),
+        yield (
+            user,
+            OpenFile(
+                pid,
+                f"fd {number}",
+                path,
+                link,
+                status,
+                all_flags & ~os.O_CLOEXEC,
+                int(pos.split()[1]),
+                int(mnt_id.split()[1]),
+                tuple(info),
+            ),
         )
 
 

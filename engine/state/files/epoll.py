@@ -11,6 +11,7 @@ import array
 import errno
 import os
 import re
+import select
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -29,6 +30,7 @@ _WATCH = re.compile(
 )
 _EPOLL_EVENT = struct.Struct("<IQ")  # packed on x86-64
 EPOLL_CTL_ADD: Final = 1
+_EVENTS: Final = 0x3FFF  # EPOLLIN to EPOLLRDHUP; above are the flags of the watch (EP_PRIVATE_BITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +172,31 @@ class Epolls(FileKind):
     def attach(self, entry: file_entry, fd: int, table: str, build: FileBuild, call: Batch) -> None:
         if build.shared[eventpoll_file_entry, entry.id] != table:
             return
+        # First those that fire now, to become as they were; the events of the others must not be taken.
+        ready = {watch.tfd: self._refires(watch, table, build) for watch in entry.epfd.tfd}
+        first = [watch for watch in entry.epfd.tfd if ready[watch.tfd]]
+        for watch in first:
+            self._add(call, fd, watch, ready[watch.tfd])
+        if first:
+            call.epoll_wait(fd, call.space(_EPOLL_EVENT.size * len(first)), len(first), 0)
         for watch in entry.epfd.tfd:
-            event = call.data(_EPOLL_EVENT.pack(watch.events, watch.data))
-            call.epoll_ctl(fd, EPOLL_CTL_ADD, watch.tfd, event)
+            if not ready[watch.tfd]:
+                self._add(call, fd, watch)
+
+    @staticmethod
+    def _add(call: Batch, fd: int, watch: eventpoll_tfd_entry, more: int = 0) -> None:
+        event = call.data(_EPOLL_EVENT.pack(watch.events | more, watch.data))
+        call.epoll_ctl(fd, EPOLL_CTL_ADD, watch.tfd, event)
+
+    @staticmethod
+    def _refires(watch: eventpoll_tfd_entry, table: str, build: FileBuild) -> int:
+        """Of a one-shot watch that has fired: events that its file is ready for.
+
+        Such a watch has no events left, but epoll_ctl(2) always adds EPOLLERR and EPOLLHUP. Letting it fire once more
+        removes them; a file that is ready for nothing keeps them.
+        """
+        if not watch.events & select.EPOLLONESHOT or watch.events & _EVENTS:
+            return 0
+        poll = select.poll()
+        poll.register(build.fds[build.tables[table][watch.tfd]], _EVENTS)
+        return sum(events & _EVENTS for _, events in poll.poll(0))

@@ -34,6 +34,8 @@ IPV6_FREEBIND: Final = 78
 # struct tcp_info: state, then 7 bytes and 4 words before unacked (of a listener: connections not yet accepted)
 # and sacked (of a listener: the backlog).
 _TCP_INFO = struct.Struct("B7x16x2I")
+# Further on: how many segments have come in.
+_TCP_SEGMENTS_IN = struct.Struct("140xI")
 
 _TCP_NUMBERS: Final = (
     ("cork", socket.TCP_CORK),
@@ -75,6 +77,13 @@ def _tcp_info(sock: socket.socket) -> tuple[int, int, int]:
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
     state, unacked, sacked = _TCP_INFO.unpack(info)
     return state, unacked, sacked
+
+
+def _has_ended(sock: socket.socket) -> bool:
+    """Whether a TCP socket that is not connected once was. getsockname(2) then tells a port that it has no longer."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_SEGMENTS_IN.size)
+    (segments,) = _TCP_SEGMENTS_IN.unpack(info)
+    return bool(segments)
 
 
 def _peer(sock: socket.socket) -> tuple[str, int] | None:
@@ -145,6 +154,8 @@ class InetSockets(FileKind):
             entry.state, _, backlog = _tcp_info(sock)
             if entry.state == TCP_LISTEN:
                 entry.backlog = backlog
+            elif entry.state == TCP_CLOSE and _has_ended(sock):
+                entry.src_port = 0
             entry.tcp_opts.CopyFrom(tcp_opts_entry())
             sockopts.fill_numbers(entry.tcp_opts, sock, socket.IPPROTO_TCP, _TCP_NUMBERS)
         if entry.state == TCP_CLOSE:
@@ -217,4 +228,3 @@ class InetSockets(FileKind):
         if error.errno == errno.EADDRNOTAVAIL:
             raise RestoreError(f"{where}: this host does not have this address") from error
         raise RestoreError(f"{where}: {os.strerror(error.errno or 0)}") from error
-

@@ -50,11 +50,7 @@ _NOT_THERE = (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL)
 
 def is_socket(file: OpenFile, *families: int) -> bool:
     """Whether a file is a socket of one of these families."""
-    return (
-        stat.S_ISSOCK(file.stat.st_mode)
-        and file.link.startswith("socket:")
-        and file.socket.family in families
-    )
+    return stat.S_ISSOCK(file.stat.st_mode) and file.link.startswith("socket:") and file.socket.family in families
 
 
 @contextlib.contextmanager
@@ -108,9 +104,7 @@ def _filter(file: OpenFile) -> list[int]:
         native.syscall("getsockopt", *arguments, code.buffer_info()[0], length.buffer_info()[0])
     except PermissionError as error:
         raise file.refuse("socket with a filter that only the kernel knows, cannot be moved") from error
-    return [
-        int.from_bytes(_FILTER_IN_IMAGE.pack(*instruction), "big") for instruction in _FILTER.iter_unpack(code)
-    ]
+    return [int.from_bytes(_FILTER_IN_IMAGE.pack(*instruction), "big") for instruction in _FILTER.iter_unpack(code)]
 
 
 def dump_options(file: OpenFile) -> sk_opts_entry:

@@ -231,9 +231,7 @@ class UnixSockets(FileKind):
         if _is_path(here.name):
             node = _node(file)
             status = node.status
-            entry.file_perms.CopyFrom(
-                file_perms_entry(mode=status.st_mode, uid=status.st_uid, gid=status.st_gid)
-            )
+            entry.file_perms.CopyFrom(file_perms_entry(mode=status.st_mode, uid=status.st_uid, gid=status.st_gid))
             entry.deleted = node.deleted
             if not here.name.startswith(b"/"):
                 entry.name_dir = node.path.removesuffix(os.fsdecode(here.name)).rstrip("/") or "/"
@@ -475,7 +473,8 @@ def _remove_stale(path: bytes) -> None:
     """
     with contextlib.suppress(FileNotFoundError):
         node = os.lstat(path)
-        if stat.S_ISSOCK(node.st_mode) and node.st_ino & 0xFFFFFFFF not in {found.vfs_inode for found in unix_sockets().values()}:
+        held = {found.vfs_inode for found in unix_sockets().values()}
+        if stat.S_ISSOCK(node.st_mode) and node.st_ino & 0xFFFFFFFF not in held:
             os.unlink(path)
 
 

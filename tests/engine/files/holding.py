@@ -59,9 +59,7 @@ class Holder:
     def start(self, *fds: int) -> int:
         """Start a process with these descriptors, under their numbers. Returns its PID."""
         null = subprocess.DEVNULL
-        process = subprocess.Popen(
-            ["sleep", "1000"], stdin=null, stdout=null, stderr=null, pass_fds=fds, cwd="/"
-        )
+        process = subprocess.Popen(["sleep", "1000"], stdin=null, stdout=null, stderr=null, pass_fds=fds, cwd="/")
         self.processes.append(process)
         wait_asleep(process)
         return process.pid

@@ -89,9 +89,7 @@ def timer(clock: int, flags: int, first: float, interval: float) -> int:
 
 def remaining(fd: int) -> float:
     """Seconds until a timerfd expires."""
-    (line,) = (
-        line for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines() if line.startswith("it_value")
-    )
+    (line,) = (line for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines() if line.startswith("it_value"))
     seconds, nanoseconds = line.split("(")[1].rstrip(")").split(",")
     return int(seconds) + int(nanoseconds) / 10**9
 

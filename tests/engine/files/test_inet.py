@@ -134,9 +134,7 @@ def test_the_filter(holder: Holder) -> None:
     program = array.array("B", struct.pack("=HBBI", 0x28, 0, 0, 0) + struct.pack("=HBBI", 0x06, 0, 0, 8 + 3))
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind(("127.0.0.1", 0))
-    sock.setsockopt(
-        socket.SOL_SOCKET, sockopts.SO_ATTACH_FILTER, struct.pack("HxxxxxxQ", 2, program.buffer_info()[0])
-    )
+    sock.setsockopt(socket.SOL_SOCKET, sockopts.SO_ATTACH_FILTER, struct.pack("HxxxxxxQ", 2, program.buffer_info()[0]))
     address = sock.getsockname()
     fd = give(holder, sock)
     copy = holder.copy()
@@ -218,6 +216,18 @@ def test_tcp_close_brings_a_connection_back_closed(holder: Holder) -> None:
             here.recv(1)
         with pytest.raises(BrokenPipeError):
             here.send(b"x")
+
+
+def test_a_connection_that_was_reset_holds_no_port(holder: Holder) -> None:
+    listener, client, accepted = connection()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    fd = give(holder, accepted)
+    holder.preflight()
+    with listener:
+        copy = holder.copy()  # the listener has the port
+    with opened(copy, fd) as here:
+        assert here.recv(1) == b""
 
 
 def test_connections_not_yet_accepted_are_refused(holder: Holder) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import select
+import socket
 import subprocess
 import sys
 import time
@@ -276,6 +277,30 @@ def test_epoll(holder: Holder) -> None:
 
 
 @root
+def test_one_shot_watches_that_have_fired(holder: Holder) -> None:
+    event, other = os.eventfd(1), os.eventfd(1)
+    one, two = socket.socketpair()
+    epoll = select.epoll()
+    for fd in (event, one.fileno(), two.fileno()):
+        epoll.register(fd, select.EPOLLOUT | select.EPOLLIN | select.EPOLLONESHOT)
+    assert len(epoll.poll(0)) == 3
+    epoll.register(other, select.EPOLLIN | select.EPOLLONESHOT)
+    numbers = [epoll.fileno(), event, other, one.detach(), two.detach()]
+    before = shape(holder.start(*numbers))
+    epoll.close()
+    for fd in numbers[1:]:
+        os.close(fd)
+    pid = free_pids(1)[0]
+    _, built = prepare(holder, [pid])
+    with skeleton(pid) as tree:
+        install_all(tree, built)
+        built.close()
+        assert sorted(shape(pid)[numbers[0]][1]) == sorted(before[numbers[0]][1])
+        assert sum(" 40000000 " in line for line in before[numbers[0]][1]) == 3
+        assert events_of(tree.processes[0], numbers[0]) == [(other, select.EPOLLIN)]
+
+
+@root
 def test_epoll_finds_a_file_under_another_number(holder: Holder) -> None:
     watched = os.eventfd(1)
     moved = fcntl.fcntl(watched, fcntl.F_DUPFD, 60)
@@ -334,8 +359,6 @@ def test_an_epoll_shared_by_processes_gets_its_watches_once(holder: Holder) -> N
         built.close()
         for process in tree.processes:
             assert events_of(process, number) == [(watched, select.EPOLLIN)]
-
-
 
 
 @root
