@@ -153,7 +153,13 @@ class Restore:
         self._files = FileBuild(self.images)
         self._check_builds(self._files, mms)
         self._open_shared(self._files, mms)
-        tree = self._tree = SkeletonTree(self._entries, mms, self._path_of_file, keep_session=self.options.shell_job)
+        tree = self._tree = SkeletonTree(
+            self._entries,
+            mms,
+            self._path_of_file,
+            stop_signal=stop_signal(signals.pending_anywhere(self.images)),
+            keep_session=self.options.shell_job,
+        )
         tree.create(
             child_of_caller=not self.options.detached,
             clocks=clocks.restore_offsets(self.root_pid, self.images),
