@@ -97,6 +97,7 @@ def dump_and_restore(beat: Path, directory: Path, mib: int) -> tuple[float, floa
 
 
 def _start(beat: Path, host: Host, log: Path, mib: int) -> HostProcess:
+    log.unlink(missing_ok=True)  # it appends
     program = host.popen([beat, log, str(mib), str(_WRITES_PER_SECOND), str(_THREADS)])
     _wait_for_line(log, "ready")
     time.sleep(0.2)

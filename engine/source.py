@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -13,12 +14,15 @@ from pathlib import Path
 
 from phaul.engine import native
 from phaul.engine.batch import Batch
+from phaul.engine.describe import describe
 from phaul.engine.inject import EINTR, SourceRunner, deliverable, resumed, signed
 from phaul.engine.native import Registers
 from phaul.engine.proc import Mapping, Proc
 from phaul.engine.state import rseq
 from phaul.errors import CannotMove, DumpError, NoSuchProcess, NotPermitted
 from phaul.images.pb.core_pb2 import core_entry, task_kobj_ids_entry
+
+log = logging.getLogger(__name__)
 
 SEIZE_OPTIONS = native.O_TRACESYSGOOD | native.O_SUSPEND_SECCOMP
 KILL_TIMEOUT = 30.0
@@ -157,6 +161,9 @@ class SourceTree:
         try:
             tree = self._stop_all()
             self._describe(tree)
+            if log.isEnabledFor(logging.DEBUG):
+                for thread in self.threads:
+                    log.debug("stopped task %d of PID %d %s", thread.tid, thread.process.pid, describe(thread.regs))
         except BaseException:
             self.thaw()
             raise

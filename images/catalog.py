@@ -164,6 +164,13 @@ _DECIMAL = r"(?:0|[1-9][0-9]{0,19})"
 _HEXADECIMAL = r"(?:0|[1-9a-f][0-9a-f]{0,15})"
 _NUMBERS = {"%u": re.compile(_DECIMAL), "%x": re.compile(_HEXADECIMAL)}
 
+
+def load_all() -> None:
+    """Import the schemas of all images: for those who cannot wait for it later."""
+    for image_type in TYPES:
+        image_type.message_class(0)
+
+
 _BY_PATTERN = {image_type.pattern: image_type for image_type in TYPES}
 
 # Images without magic and messages: page contents, and what other programs wrote (tar, ip,

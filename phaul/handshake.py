@@ -19,7 +19,9 @@ _ROLE_NAMES = {control.SOURCE: "source", control.DESTINATION: "destination"}
 
 
 def hello(role: control.Role, token: bytes = b"", agent_id: bytes = b"") -> control.Hello:
-    """Introduce this machine. Probes the kernel: some milliseconds.
+    """Introduce this machine. Probes the kernel, and imports what a migration needs: tens of milliseconds.
+
+    All that is else imported on demand would be so during the freeze.
 
     Args:
         role: of this side.
@@ -27,7 +29,11 @@ def hello(role: control.Role, token: bytes = b"", agent_id: bytes = b"") -> cont
         agent_id: of this start of the agent (destination).
     """
     from phaul.engine import kernel
+    from phaul.engine.state.files.base import kinds
+    from phaul.images import catalog
 
+    catalog.load_all()
+    kinds()
     system = os.uname()
     return control.Hello(
         phaul_version=phaul.__version__,

@@ -65,7 +65,7 @@ def assert_error(done: Done, error: type[PhaulError], says: str) -> None:
     assert done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if line.startswith("phaul: error: ")]
     assert len(lines) == 1, done.stderr
-    assert says in lines[0]
+    assert says in lines[0], lines[0]
     assert done.stderr.endswith(f"{lines[0]}\n{error.help_text}\n")
 
 

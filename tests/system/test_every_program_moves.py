@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from phaul.demo.hosts import TwoHosts
-from phaul.errors import CannotMove
+from phaul.errors import CannotMove, RestoreError
 from tests.cli.run import PHAUL, ROOT, Done, assert_error
 from tests.support.programs import CASES, REFUSED, RESTLESS, Target
 from tests.support.visible import difference, visible_tree
@@ -76,4 +77,39 @@ def test_it_is_refused_and_unharmed(case: tuple[str, ...], pair: TwoHosts) -> No
         assert_error(done, CannotMove, "fd ")
         assert settled(pair, target) == []
         assert difference(before, visible_tree(target.outer_pid), RESTLESS.get(case[0], ())) == []
+        target.finish()
+
+
+LISTEN = """
+import socket, sys, time
+kept = [socket.create_server(("", int(port))) for port in sys.argv[1:]]
+print("listening", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_restore_that_fails_after_the_freeze_harms_nothing(pair: TwoHosts, tmp_path: Path) -> None:
+    """Somebody at the destination has the port: found when the sockets are made, and the tree is stopped already."""
+    with Target.start("sock_listen", host=pair.source) as target:
+        listed = pair.source.run(["ss", "-4ltnH"], check=True).stdout.split("\n")
+        ports = [line.split()[3].rpartition(":")[2] for line in listed if line]
+        assert ports
+        log = tmp_path / "log"
+        other = pair.destination.popen([sys.executable, "-c", LISTEN, *ports], stdout=log, stderr=log)
+        deadline = time.monotonic() + 20
+        while not log.exists() or "listening" not in log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        before = visible_tree(target.outer_pid)
+        for _ in range(3):
+            done = migrate(pair, target.pid)
+            assert_error(done, RestoreError, "another process of this host has this port")
+            assert settled(pair, target) == []
+            assert target.pid not in pair.destination.pids()
+        assert difference(before, visible_tree(target.outer_pid)) == []
+        other.kill()
+        other.wait(10)
+        done = migrate(pair, target.pid)
+        assert done.returncode == 0, done.stderr
+        target.moved(pair.destination)
         target.finish()
