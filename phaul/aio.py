@@ -35,11 +35,14 @@ async def in_thread(work: Callable[[], T], cancel: Callable[[], None]) -> T:
         cancel: makes `work` end soon; called from the event loop.
     """
     future = asyncio.get_running_loop().run_in_executor(None, work)
-    try:
-        await asyncio.wait({future})
-    except asyncio.CancelledError:
-        cancel()
-        await asyncio.wait({future})
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait({future})
+        except asyncio.CancelledError as error:
+            cancelled = error
+            cancel()
+    if cancelled is not None:
         future.exception()  # looked at: the cancellation is what the caller gets
-        raise
+        raise cancelled
     return future.result()

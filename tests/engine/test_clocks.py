@@ -44,10 +44,9 @@ def test_clocks_go_on(program: str, seconds: int, engine: EngineThread, tmp_path
         target.moved()
         try:
             now = clocks.read(target.pid)
-            for clock in clocks.CLOCKS:
-                value = getattr(saved, clock)
-                passed = now[clock] - (value.tv_sec * SECOND + value.tv_nsec)
-                assert 0 <= passed < 60 * SECOND, clock
+            for name, value in (("monotonic", saved.monotonic), ("boottime", saved.boottime)):
+                passed = now[name] - (value.tv_sec * SECOND + value.tv_nsec)
+                assert 0 <= passed < 60 * SECOND, name
             time.sleep(0.1)
             target.finish()
         finally:
