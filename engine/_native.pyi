@@ -16,6 +16,9 @@ class _Lib:
     PH_LIST_MAX: int
     PH_STOP_ON_ERROR: int
     PH_RESULT_IN_RBX: int
+    PH_PARENT_INIT: int
+    PH_PARENT_CALLER: int
+    PH_PARENT_CALLERS_PARENT: int
 
     def ph_syscall(self, nr: int, a: int, b: int, c: int, d: int, e: int, f: int) -> int: ...
     def ph_stop(self, tids: Any, n: int, options: int, statuses: Any) -> int: ...

@@ -12,6 +12,7 @@ into the caller's buffer.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,10 @@ from phaul.engine.memory import ProcessPages, SharedObject, private_pages, share
 from phaul.engine.needed import NeededFile, build_id, needed_by, words
 from phaul.engine.proc import Mapping, Proc
 from phaul.engine.source import SourceProcess, SourceTree, check_process, tree_pids
-from phaul.engine.state import fds, fs, mm, registry
+from phaul.engine.state import fds, fs, mm, registry, zombie
 from phaul.engine.state.files import memfd, regular
 from phaul.engine.state.files.base import FileDump
+from phaul.engine.state.files.ghost import GHOST_LIMIT
 from phaul.engine.vmas import Status, check, entry_of, is_anonymous_shared, is_memfd
 from phaul.errors import DumpError, PhaulError
 from phaul.images.imageset import ImageSet
@@ -34,6 +36,7 @@ from phaul.images.pb.core_pb2 import core_entry, task_kobj_ids_entry
 from phaul.images.pb.fdinfo_pb2 import file_entry
 from phaul.images.pb.inventory_pb2 import NO_LSM, inventory_entry
 from phaul.images.pb.mm_pb2 import mm_entry
+from phaul.images.pb.remap_file_path_pb2 import remap_file_path_entry
 
 IMAGE_VERSION = 2  # records behind a common magic
 
@@ -45,10 +48,16 @@ class DumpOptions:
     Attributes:
         shell_job: the tree may belong to a session or process group from outside.
         tcp_close: established TCP connections come back closed.
+        link_remap: deleted files that have other hard links get one more, until the restore.
+        ghost_limit: bytes on disk of the largest deleted file that is taken along.
+        file_locks: take locks and leases on files along.
     """
 
     shell_job: bool = False
     tcp_close: bool = False
+    link_remap: bool = False
+    ghost_limit: int = GHOST_LIMIT
+    file_locks: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,15 +82,21 @@ def preflight(pid: int, options: DumpOptions) -> Preflight:
     """
     check_process(pid)
     pids = tree_pids(pid)
+    pstree.check(pids, options.shell_job)
+    pids = [member for member in pids if not zombie.is_zombie(member)]
     for member in pids:
         registry.preflight(member)
-    pstree.check(pids, options.shell_job)
     fds.preflight(pids, options)
     tids, files, size = [], dict[bytes, NeededFile](), 0
     for member in pids:
         maps = Proc(member).smaps()
         for mapping in maps:
             check(member, mapping)
+            if mapping.inode and mapping.deleted and not is_memfd(mapping) and not is_anonymous_shared(mapping):
+                link = f"/proc/{member}/map_files/{mapping.start:x}-{mapping.end:x}"
+                with contextlib.suppress(FileNotFoundError):  # unmapped meanwhile
+                    resource = f"mapping at {mapping.start:x}"
+                    regular.check_path(regular.behind_link(member, resource, link), options)
         files |= {file.path: file for file in needed_by(member, maps)}
         proc = Proc(member)
         tids += proc.tids()
@@ -99,6 +114,7 @@ class Dump:
     def __post_init__(self) -> None:
         self.tree = SourceTree(self.pid)
         self.images = ImageSet()
+        self._undo = contextlib.ExitStack()
         self._targets: dict[str, tuple[list[PageRange], ProcessPages | SharedObject]] = {}
 
     @property
@@ -126,14 +142,17 @@ class Dump:
 
     def _collect(self) -> None:
         processes = self.tree.processes
-        pstree.check([process.pid for process in processes], self.options.shell_job)
+        pstree.check([*(process.pid for process in processes), *self.tree.zombies], self.options.shell_job)
         for process in processes:
             for mapping in process.maps:
                 check(process.pid, mapping)
-        pstree.dump(processes, self.images)
+        pstree.dump(processes, self.tree.zombies, self.images)
+        for pid in self.tree.zombies:
+            self.images.add(f"core-{pid}", zombie.dump(pid))
         for process in processes:
             self._collect_state(process)
         files = fds.collect(processes, self.images, self.options)
+        self._undo.push(files.undo)
         objects = shared_objects([(process.pid, process.maps) for process in processes])
         for process in processes:
             self._collect_memory(process, files)
@@ -190,8 +209,9 @@ class Dump:
             for vma in self.images.one(f"mm-{process.pid}", mm_entry).vmas
             if vma.status & (Status.FILE_PRIVATE | Status.FILE_SHARED)
         }
+        deleted = {entry.orig_id for entry in self.images.messages("remap-fpath", remap_file_path_entry)}
         for file in self.images.messages("files", file_entry):
-            if file.id in mapped and file.HasField("reg"):
+            if file.id in mapped - deleted and file.HasField("reg"):
                 file.reg.build_id.extend(words(build_id(os.fsencode(file.reg.name))))
 
     def _add_inventory(self) -> None:
@@ -237,6 +257,7 @@ class Dump:
 
     def thaw(self) -> None:
         """Let the tree go on as if nothing had been. Idempotent."""
+        self._undo.close()
         self.tree.thaw()
         self._close()
 

@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Final
 
 from phaul.engine._native import ffi, lib
@@ -306,12 +307,20 @@ def build_stub(base: int, data_size: int) -> bytes:
 SPAWN_STEPS: Final = {1: "fork", 2: "time namespace", 3: "clone3", 4: "exec"}
 
 
+class Parent(IntEnum):
+    """Whose child a new skeleton becomes."""
+
+    INIT = lib.PH_PARENT_INIT  # or of our nearest subreaper
+    CALLER = lib.PH_PARENT_CALLER
+    CALLERS_PARENT = lib.PH_PARENT_CALLERS_PARENT
+
+
 def spawn_skeleton(
     pid: int,
     stub_fd: int,
     comm_fd: int,
     *,
-    child_of_caller: bool,
+    parent: Parent,
     clocks: tuple[int, int] | None,
 ) -> None:
     """Start the stub as process `pid`; it ends by itself when the other end of comm_fd closes.
@@ -325,7 +334,7 @@ def spawn_skeleton(
     """
     args, step = ffi.new("struct ph_spawn *"), ffi.new("int32_t *")
     args.pid, args.stub_fd, args.comm_fd = pid, stub_fd, comm_fd
-    args.child_of_caller = child_of_caller
+    args.parent = parent
     if clocks is not None:
         args.set_clocks = 1
         args.monotonic, args.boottime = (divmod(ns, 10**9) for ns in clocks)

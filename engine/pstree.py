@@ -13,6 +13,7 @@ from typing import Final
 from phaul.engine import native
 from phaul.engine.proc import Proc
 from phaul.engine.source import SourceProcess
+from phaul.engine.state import zombie
 from phaul.errors import CannotMove
 from phaul.images.imageset import ImageSet
 from phaul.images.pb.core_pb2 import task_kobj_ids_entry
@@ -48,6 +49,8 @@ def check(pids: list[int], shell_job: bool) -> None:
             )
         if group not in inside and not shell_job:
             raise CannotMove(pid, "process group", f"belongs to group {group}, whose leader is not in the tree")
+        if zombie.is_zombie(pid):
+            continue  # it has left its namespaces
         for name in _NAMESPACES[:-1]:
             try:
                 if proc.link(f"ns/{name}") != Proc(os.getpid()).link(f"ns/{name}"):
@@ -56,8 +59,8 @@ def check(pids: list[int], shell_job: bool) -> None:
                 continue  # the kernel has no such namespaces
 
 
-def dump(processes: list[SourceProcess], images: ImageSet) -> None:
-    """Add pstree, and fill in the ids of every process.
+def dump(processes: list[SourceProcess], zombies: dict[int, int], images: ImageSet) -> None:
+    """Add pstree, and fill in the ids of every process. `zombies`: PID -> PID of the parent.
 
     Raises:
         CannotMove: two processes share what only threads may.
@@ -72,6 +75,9 @@ def dump(processes: list[SourceProcess], images: ImageSet) -> None:
             threads=[thread.tid for thread in process.threads],
         )
         images.add("pstree", entry)
+    for pid, parent in zombies.items():
+        stat = Proc(pid).stat
+        images.add("pstree", pstree_entry(pid=pid, ppid=parent, pgid=int(stat[5]), sid=int(stat[6]), threads=[pid]))
     _number_objects(processes)
     _number_namespaces(processes)
 

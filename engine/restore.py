@@ -22,7 +22,7 @@ from phaul.engine.inject import stop_signal
 from phaul.engine.memory import Bounds, ProcessPages, SharedObject
 from phaul.engine.needed import build_id, words
 from phaul.engine.skeleton import SkeletonProcess, SkeletonThread, SkeletonTree, local_vdso
-from phaul.engine.state import fds, fs, mm, registers, registry, signals
+from phaul.engine.state import fds, fs, mm, registers, registry, signals, task, zombie
 from phaul.engine.state.files import memfd
 from phaul.engine.state.files.base import FileBuild
 from phaul.engine.vmas import KERNEL_OWNED, Status, lock_all, map_all
@@ -43,11 +43,11 @@ class RestoreOptions:
 
     Attributes:
         shell_job: sessions and groups from outside the tree become ours.
-        detached: the root becomes a child of init (or our subreaper), not ours.
+        parent: whose child the root becomes.
     """
 
     shell_job: bool = False
-    detached: bool = True
+    parent: native.Parent = native.Parent.INIT
 
 
 class _PrivateTarget:
@@ -145,6 +145,8 @@ class Restore:
                 raise ImageError(f"pstree: PID {entry.pid} is not the first of its threads")
             for tid in entry.threads:
                 self.images.one(f"core-{tid}", core_entry)
+            if zombie.is_zombie_image(self.images.one(f"core-{entry.pid}", core_entry)):
+                continue
             mms[entry.pid] = self.images.one(f"mm-{entry.pid}", mm_entry)
         return mms
 
@@ -161,7 +163,7 @@ class Restore:
             keep_session=self.options.shell_job,
         )
         tree.create(
-            child_of_caller=not self.options.detached,
+            parent=self.options.parent,
             clocks=clocks.restore_offsets(self.root_pid, self.images),
         )
         for process in tree.processes:
@@ -236,6 +238,8 @@ class Restore:
     def _finish(self) -> None:
         assert self._tree is not None
         assert self._files is not None
+        for process in self._tree.zombies:
+            zombie.restore(process, self.images.one(f"core-{process.pid}", core_entry))
         fds.build(self._files)
         for process in self._tree.processes:
             fds.install(process, self._files, self._tree.comm)
@@ -287,6 +291,8 @@ class Restore:
     def resume(self) -> None:
         """Let the tree run. From here on it is not ours any more."""
         assert self._tree is not None
+        for process in self._tree.processes:
+            task.restore_stop(process, self.images)
         self._tree.detach()
 
     def abort(self) -> None:

@@ -98,7 +98,7 @@ class SkeletonTree:
 
     Args:
         entries: the tree, parents before children.
-        mms: the address space of each process.
+        mms: the address space of each living process; the others are zombies.
         path_of_file: for a file id, a path by which the skeletons can open it.
         stop_signal: ends batches; must not be pending anywhere in the tree, or 0 (see `native.run`).
         keep_session: the root stays in the session and process group of our process.
@@ -116,11 +116,12 @@ class SkeletonTree:
         self.path_of_file, self.stop_signal, self._keep_session = path_of_file, stop_signal, keep_session
         by_pid: dict[int, SkeletonProcess] = {}
         for entry in entries:
-            process = SkeletonProcess(entry, self, by_pid.get(entry.ppid), mms[entry.pid])
+            process = SkeletonProcess(entry, self, by_pid.get(entry.ppid), mms.get(entry.pid, mm_entry()))
             by_pid[entry.pid] = process
             if process.parent:
                 process.parent.children.append(process)
-        self.processes = list(by_pid.values())
+        self.processes = [process for pid, process in by_pid.items() if pid in mms]
+        self.zombies = [process for pid, process in by_pid.items() if pid not in mms]
         taken = [(vma.start, vma.end) for mm in mms.values() for vma in mm.vmas]
         self._stub_base = find_gap(taken, 2 * PAGE_SIZE + SCRATCH)
         self.code = self._stub_base + PAGE_SIZE
@@ -137,11 +138,11 @@ class SkeletonTree:
 
     # Making the processes
 
-    def create(self, *, child_of_caller: bool, clocks: tuple[int, int] | None) -> None:
+    def create(self, *, parent: native.Parent, clocks: tuple[int, int] | None) -> None:
         """Start all processes, with their sessions and groups, in bare address spaces.
 
         Args:
-            child_of_caller: the root becomes our child, else one of our init or subreaper.
+            parent: whose child the root becomes.
             clocks: see `native.spawn_skeleton`.
 
         Raises:
@@ -150,9 +151,7 @@ class SkeletonTree:
         root = self.root
         stub = self._stub()
         try:
-            native.spawn_skeleton(
-                root.pid, stub, self._their_comm.fileno(), child_of_caller=child_of_caller, clocks=clocks
-            )
+            native.spawn_skeleton(root.pid, stub, self._their_comm.fileno(), parent=parent, clocks=clocks)
         except OSError as error:
             raise self._failed(root.pid, error.errno or 0, f"{error.filename}") from error
         finally:
@@ -244,9 +243,10 @@ class SkeletonTree:
 
     def _set_groups(self) -> None:
         """Process groups: leaders first, since a group must exist before others join it."""
-        pids = {process.pid for process in self.processes}
+        everyone = [*self.processes, *self.zombies]
+        pids = {process.pid for process in everyone}
         for leaders in (True, False):
-            for process in self.processes:
+            for process in everyone:
                 group = process.entry.pgid
                 if (group == process.pid) != leaders or process.entry.sid == process.pid:
                     continue
@@ -315,15 +315,16 @@ class SkeletonTree:
 
     def abort(self) -> None:
         """Kill all skeletons and wait until they are gone. Idempotent."""
-        for process in self.processes:
+        everyone = [*self.processes, *self.zombies]
+        for process in everyone:
             if process.threads:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
-        for thread in reversed(self.threads):
+        for thread in reversed([thread for process in everyone for thread in process.threads]):
             with contextlib.suppress(ChildProcessError, ProcessLookupError):
                 while os.WIFSTOPPED(native.wait(thread.tid)):
                     pass
-        for process in self.processes:
+        for process in everyone:
             process.threads.clear()
         self.close()
 

@@ -19,6 +19,7 @@ from phaul.engine.inject import EINTR, SourceRunner, deliverable, resumed, signe
 from phaul.engine.native import Registers
 from phaul.engine.proc import Mapping, Proc
 from phaul.engine.state import rseq
+from phaul.engine.state.zombie import is_zombie
 from phaul.errors import CannotMove, DumpError, NoSuchProcess, NotPermitted
 from phaul.images.pb.core_pb2 import core_entry, task_kobj_ids_entry
 
@@ -56,13 +57,17 @@ class SourceThread:
 
 @dataclass(eq=False)
 class SourceProcess:
-    """A process of a stopped tree; `threads[0]` is its leader."""
+    """A process of a stopped tree; `threads[0]` is its leader.
+
+    Attributes:
+        stop_signal: of job control, that had stopped it before we did; 0 if it ran.
+    """
 
     pid: int
     parent: SourceProcess | None
     threads: list[SourceThread] = field(default_factory=list)
-    children: list[SourceProcess] = field(default_factory=list)
     ids: task_kobj_ids_entry = field(default_factory=task_kobj_ids_entry)
+    stop_signal: int = 0
 
     @cached_property
     def proc(self) -> Proc:
@@ -132,13 +137,19 @@ class SourceTree:
     """All tasks of a process and its descendants.
 
     `freeze` must be called, and everything else done, on one thread: only that thread is their tracer.
+
+    Attributes:
+        processes: the living, parents first.
+        zombies: PIDs of those that have ended but were not waited for, and their parents' PIDs.
     """
 
     def __init__(self, root: int) -> None:
         self.root_pid = root
         self.processes: list[SourceProcess] = []
+        self.zombies: dict[int, int] = {}
         self.frozen_at = 0.0
         self._seized: dict[int, int] = {}  # tid -> pid
+        self._stop_signals: dict[int, int] = {}  # by pid
         self._held = False
 
     @property
@@ -153,7 +164,7 @@ class SourceTree:
         """Stop every task. On any error all go on as before.
 
         Raises:
-            CannotMove: a task is traced by somebody else, is stopped, or is a zombie.
+            CannotMove: a task is traced by somebody else.
             NoSuchProcess, NotPermitted: see `check_process`.
         """
         check_process(self.root_pid)
@@ -181,6 +192,9 @@ class SourceTree:
                 except NoSuchProcess:
                     if pid == self.root_pid:
                         raise
+            self.zombies = {pid: parent for pid, (parent, _) in tree.items() if is_zombie(pid)}
+            for pid in self.zombies:
+                del tree[pid]
             new = {tid: pid for pid, (_, tids) in tree.items() for tid in tids if tid not in self._seized}
             if not new:
                 return tree
@@ -191,8 +205,8 @@ class SourceTree:
         stopped = dict(zip(tids, statuses, strict=True))
         self._seized |= {tid: tids[tid] for tid, status in stopped.items() if status > 0}
         for tid, status in stopped.items():
-            if status > 0 and os.WSTOPSIG(status & 0xFFFF) != signal.SIGTRAP:
-                raise CannotMove(tids[tid], f"task {tid}", "is stopped by a signal; continue it first")
+            if status > 0 and (number := os.WSTOPSIG(status & 0xFFFF)) != signal.SIGTRAP:
+                self._stop_signals[tids[tid]] = number
             if status < 0:
                 self._explain(tids[tid], tid, -status)
 
@@ -207,18 +221,16 @@ class SourceTree:
         if tracer != "0":
             raise CannotMove(pid, f"task {tid}", f"is traced by PID {tracer}")
         if status["State"][0] in "ZX":
-            if tid != pid:
-                return
-            raise CannotMove(pid, "process", "has ended but was not waited for by its parent")
+            if tid == pid and len(Proc(pid).tids()) > 1:
+                raise CannotMove(pid, "process", "its main thread has ended while others run, cannot be moved")
+            return
         raise NotPermitted(f"task {tid} of PID {pid} cannot be stopped: {os.strerror(error)}")
 
     def _describe(self, tree: dict[int, tuple[int, list[int]]]) -> None:
         found: dict[int, SourceProcess] = {}
         for pid, (parent, tids) in tree.items():
-            process = SourceProcess(pid, found.get(parent))
+            process = SourceProcess(pid, found.get(parent), stop_signal=self._stop_signals.get(pid, 0))
             process.threads = [SourceThread(tid, process, _registers(pid, tid)) for tid in tids]
-            if process.parent:
-                process.parent.children.append(process)
             found[pid] = process
         self.processes = list(found.values())
 
@@ -232,8 +244,9 @@ class SourceTree:
                     native.set_general_registers(thread.tid, resumed(regs, thread.signal_waits))
         if self._held:
             for process in self.processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGCONT)
+                if not process.stop_signal:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process.pid, signal.SIGCONT)
             self._held = False
         for tid in self._seized:
             with contextlib.suppress(ProcessLookupError):
@@ -281,8 +294,8 @@ class SourceTree:
         The root's parent is somebody's program, which may never call wait(2).
         """
         deadline = time.monotonic() + REAP_TIMEOUT
-        for process in self.processes[1:]:
-            while Path(f"/proc/{process.pid}").exists() and time.monotonic() < deadline:
+        for pid in [*(process.pid for process in self.processes[1:]), *self.zombies]:
+            while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
                 time.sleep(0.001)
 
     def _forget(self) -> None:

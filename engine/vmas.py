@@ -95,8 +95,6 @@ def check(pid: int, mapping: Mapping) -> None:
             raise CannotMove(pid, resource, f"{what}, cannot be moved")
     if mapping.path.startswith(_DEVICES) or mapping.path in (b"[uprobes]", b"[aio]", b"/[aio]"):
         raise CannotMove(pid, resource, "cannot be moved")
-    if mapping.inode and mapping.deleted and not is_memfd(mapping):
-        raise CannotMove(pid, resource, "the file is deleted, so the destination cannot map it")
 
 
 def entry_of(mapping: Mapping, object_id: Callable[[Mapping, int], int]) -> vma_entry:

@@ -50,11 +50,14 @@ struct ph_region {
 	uint64_t start, end, categories;
 };
 
+/* Whose child a new process becomes: our init's (or subreaper's), ours, our parent's. */
+enum { PH_PARENT_INIT, PH_PARENT_CALLER, PH_PARENT_CALLERS_PARENT };
+
 struct ph_spawn {
 	int32_t pid;            /* wanted, in our pid namespace */
 	int32_t stub_fd;        /* executable, read-only */
 	int32_t comm_fd;        /* becomes fd 0 of the skeleton */
-	int32_t child_of_caller;/* else of our init or subreaper */
+	int32_t parent;         /* PH_PARENT_* */
 	int32_t set_clocks;     /* new time namespace with the offsets below */
 	int64_t monotonic[2];   /* seconds, nanoseconds */
 	int64_t boottime[2];

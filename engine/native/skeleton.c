@@ -89,37 +89,73 @@ static void become_stub(const struct ph_spawn *args, int errors)
 	fail(report, STEP_EXEC);
 }
 
-static void helper(const struct ph_spawn *args, int errors)
+/* Make the new process, a child of the calling thread's process or of its parent. 0, or -errno and the step. */
+static int start(const struct ph_spawn *args, int errors, int32_t *step)
 {
 	pid_t wanted = args->pid;
 	struct clone_args how = {
-		.flags = args->child_of_caller ? CLONE_PARENT : 0,
-		.exit_signal = args->child_of_caller ? 0 : SIGCHLD,
+		.flags = args->parent == PH_PARENT_INIT ? 0 : CLONE_PARENT,
+		.exit_signal = args->parent == PH_PARENT_INIT ? SIGCHLD : 0,
 		.set_tid = (uint64_t)(uintptr_t)&wanted,
 		.set_tid_size = 1,
 	};
 	long pid;
 
 	if (args->set_clocks) {
-		char text[160];
+		char path[32], text[160];
 		int length = snprintf(text, sizeof(text), "monotonic %lld %lld\nboottime %lld %lld\n",
 				      (long long)args->monotonic[0], (long long)args->monotonic[1],
 				      (long long)args->boottime[0], (long long)args->boottime[1]);
 		int fd;
 
+		*step = STEP_TIMENS;
 		if (unshare(CLONE_NEWTIME) < 0)
-			fail(errors, STEP_TIMENS);
-		fd = open("/proc/self/timens_offsets", O_WRONLY | O_CLOEXEC);
-		if (fd < 0 || write(fd, text, (size_t)length) != length)
-			fail(errors, STEP_TIMENS);
+			return -errno;
+		/* "self" would be the first thread's, which has another namespace for its children. */
+		snprintf(path, sizeof(path), "/proc/%ld/timens_offsets", syscall(SYS_gettid));
+		fd = open(path, O_WRONLY | O_CLOEXEC);
+		if (fd < 0)
+			return -errno;
+		if (write(fd, text, (size_t)length) != length) {
+			int error = errno;
+
+			close(fd);
+			return -error;
+		}
 		close(fd);
 	}
+	*step = STEP_CLONE;
 	pid = syscall(SYS_clone3, &how, sizeof(how));
-	if (pid < 0)
-		fail(errors, STEP_CLONE);
 	if (pid == 0)
 		become_stub(args, errors);
+	return pid < 0 ? -errno : 0;
+}
+
+static void helper(const struct ph_spawn *args, int errors)
+{
+	int32_t step;
+	int result = start(args, errors, &step);
+
+	if (result < 0) {
+		errno = -result;
+		fail(errors, step);
+	}
 	_exit(0);
+}
+
+/* A child of ours, whose end makes the new process an orphan, or which gives it to us. 0 or -errno. */
+static int start_in_helper(const struct ph_spawn *args, int errors)
+{
+	/* Raw: the child must not run pthread_atfork handlers of a threaded Python. */
+	long pid = syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
+
+	if (pid < 0)
+		return -errno;
+	if (pid == 0)
+		helper(args, errors);
+	while (waitpid((pid_t)pid, NULL, 0) < 0 && errno == EINTR)
+		;
+	return 0;
 }
 
 /*
@@ -131,25 +167,19 @@ int ph_spawn_skeleton(const struct ph_spawn *args, int32_t *step)
 	int errors[2];
 	int32_t report[2];
 	ssize_t got;
-	long pid;
+	int result;
 
 	*step = STEP_FORK;
 	if (pipe2(errors, O_CLOEXEC) < 0)
 		return -errno;
-	/* Raw: the child must not run pthread_atfork handlers of a threaded Python. */
-	pid = syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
-	if (pid < 0) {
-		int error = errno;
-
-		close(errors[0]);
-		close(errors[1]);
-		return -error;
-	}
-	if (pid == 0)
-		helper(args, errors[1]);
+	/* Only from a process of the caller's own can a child go to the caller's parent (CLONE_PARENT). */
+	result = args->parent == PH_PARENT_CALLERS_PARENT ? start(args, errors[1], step)
+							  : start_in_helper(args, errors[1]);
 	close(errors[1]);
-	while (waitpid((pid_t)pid, NULL, 0) < 0 && errno == EINTR)
-		;
+	if (result < 0) {
+		close(errors[0]);
+		return result;
+	}
 	do {
 		got = read(errors[0], report, sizeof(report));
 	} while (got < 0 && errno == EINTR);

@@ -189,6 +189,9 @@ def collect(processes: Sequence[SourceProcess], images: ImageSet, options: FileO
     dump = FileDump(images, options, files)
     try:
         _collect(files, dump)
+    except BaseException:
+        dump.undo.close()
+        raise
     finally:
         files.close()
     cloexec = {(user.pid, user.fd) for file in files.all for user in file.users if user.cloexec}

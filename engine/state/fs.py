@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def preflight(pid: int) -> None:
-    """Refuse a process whose root directory is not ours, or whose working directory is deleted.
+    """Refuse a process whose root directory is not ours, or whose working directory is hidden.
 
     Raises:
         CannotMove: it is so.

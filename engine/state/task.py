@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -16,33 +18,24 @@ if TYPE_CHECKING:
     from phaul.engine.source import SourceProcess
     from phaul.images.imageset import ImageSet
 
-# task_core_entry.task_state
+# task_core_entry.task_state; zombies have a file of their own.
 ALIVE: Final = 1
+STOPPED: Final = 3
 
 # prctl(2)
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _PR_GET_CHILD_SUBREAPER: Final = 37
 
-_STATES: Final = {
-    "Z": "zombie, cannot be moved",
-    "X": "dead, cannot be moved",
-    "T": "stopped (SIGSTOP or Ctrl-Z), cannot be moved; continue it first",
-    "t": "stopped by a debugger, cannot be moved",
-}
-
 
 def preflight(pid: int) -> None:
-    """Refuses zombies, stopped and traced processes.
+    """Refuses traced processes.
 
     Raises:
-        CannotMove: with the state.
+        CannotMove: with the tracer.
     """
     for tid in Proc(pid).tids():
-        status = Proc(pid, tid).status
-        resource = "process" if tid == pid else f"thread {tid}"
-        if reason := _STATES.get(status["State"][0]):
-            raise CannotMove(pid, resource, reason)
-        if tracer := int(status["TracerPid"]):
+        if tracer := int(Proc(pid, tid).status["TracerPid"]):
+            resource = "process" if tid == pid else f"thread {tid}"
             raise CannotMove(pid, resource, f"is traced by PID {tracer}, cannot be moved")
 
 
@@ -53,7 +46,9 @@ def dump_process(process: SourceProcess, call: Batch, images: ImageSet) -> Itera
     call.prctl(_PR_GET_CHILD_SUBREAPER, subreaper)
     yield
     tc = process.core.tc
-    tc.task_state, tc.exit_code = ALIVE, 0
+    tc.task_state, tc.exit_code = STOPPED if process.stop_signal else ALIVE, 0
+    if process.stop_signal:
+        tc.stop_signo = process.stop_signal
     tc.flags = int(process.proc.stat[9])
     tc.personality = int(process.proc.read("personality"), 16)
     tc.oom_score_adj = int(process.proc.read("oom_score_adj"))
@@ -80,3 +75,11 @@ def restore_process(process: SkeletonProcess, call: Batch, images: ImageSet) -> 
                 f"oom_score_adj of PID {process.pid} cannot be set from {current} to {tc.oom_score_adj}: "
                 f"{error.strerror}"
             ) from error
+
+
+def restore_stop(process: SkeletonProcess, images: ImageSet) -> None:
+    """Stop a process that was stopped by job control: the signal takes effect when we let go of it."""
+    tc = images.one(f"core-{process.pid}", core_entry).tc
+    if tc.task_state == STOPPED:
+        # The others of job control could be blocked or caught.
+        os.kill(process.pid, signal.SIGSTOP)

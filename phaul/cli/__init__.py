@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import phaul
+from phaul.cli import criu_syntax
 from phaul.errors import PhaulError, UsageError
 
 # Name -> what `phaul --help` says of it.
@@ -32,6 +33,9 @@ COMMANDS = {
     "check": "show what this kernel can do",
     "demo": "move a live program between two hosts made on this machine",
 }
+
+# Those that also CRIU has: they take its options in its syntax.
+CRIU_COMMANDS = ("dump", "restore", "check")
 
 # As a shell reports a program that was ended by SIGINT.
 EXIT_INTERRUPTED = 130
@@ -102,6 +106,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             module = _load(name)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
+            if name in CRIU_COMMANDS:
+                place = arguments.index(name) + 1
+                arguments = arguments[:place] + criu_syntax.canonical(name, arguments[place:])
     return parser.parse_args(arguments)
 
 
@@ -112,6 +119,8 @@ def _load(name: str) -> ModuleType:
 def _complain(line: str, advice: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
+    if any(isinstance(handler, logging.FileHandler) for handler in logging.getLogger().handlers):
+        logging.error("Error: %s", line)
     print(f"phaul: error: {' '.join(line.split())}", file=sys.stderr)
     if advice:
         print(advice, file=sys.stderr)

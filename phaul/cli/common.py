@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 
+from phaul.cli.criu_syntax import level
 from phaul.errors import NotPermitted, UsageError
 
 # CRIU: 0 only messages, 1 errors, 2 warnings, 3 information, 4 debugging.
@@ -16,6 +17,7 @@ LEVELS = (
     logging.INFO,
     logging.DEBUG,
 )
+DEFAULT_LEVEL = 2
 
 
 def require_root(what: str) -> None:
@@ -43,39 +45,35 @@ def add_tree_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_images_dir(parser: argparse.ArgumentParser) -> None:
-    """-D, the same for dump and restore."""
-    parser.add_argument("-D", "--images-dir", metavar="DIR", default=".", help="where the images are (default .)")
+def set_up_log(args: argparse.Namespace, directory: str) -> None:
+    """Apply --verbosity, and send the log to the file of --log-file.
 
-
-def add_log_options(parser: argparse.ArgumentParser) -> None:
-    """-o and -v, the same for dump and restore."""
-    parser.add_argument("-o", "--log-file", metavar="FILE", help="write the log there")
-    parser.add_argument(
-        "-v",
-        dest="verbosity",
-        metavar="LEVEL",
-        type=int,
-        nargs="?",
-        const=4,
-        default=2,
-        help="how much is logged: 0 nothing, 1 errors, 2 warnings, 3 information, 4 all",
-    )
-
-
-def set_up_log(args: argparse.Namespace) -> None:
-    """Apply -v, and send the log to the file of -o.
+    Args:
+        directory: where a relative name lies.
 
     Raises:
         UsageError: the file cannot be written.
     """
     root = logging.getLogger()
     if not args.debug:
-        root.setLevel(LEVELS[max(0, min(args.verbosity, len(LEVELS) - 1))])
+        root.setLevel(LEVELS[min(level(args.verbosity, DEFAULT_LEVEL), len(LEVELS) - 1)])
     if args.log_file:
+        path = os.path.join(directory, args.log_file)
         try:
-            handler = logging.FileHandler(args.log_file, mode="w")
+            handler = logging.FileHandler(path, mode="w")
         except OSError as error:
-            raise UsageError(f"cannot write the log to {args.log_file}: {error.strerror}") from error
+            raise UsageError(f"cannot write the log to {path}: {error.strerror}") from error
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
         root.handlers = [handler]
+
+
+def prepare(args: argparse.Namespace) -> str:
+    """What comes before any work, as with CRIU: --close, then the log. Returns the working directory."""
+    for fd in args.close or []:
+        try:
+            os.close(fd)
+        except OSError as error:
+            raise UsageError(f"cannot close descriptor {fd}: {error.strerror}") from error
+    work_dir = args.work_dir or args.images_dir
+    set_up_log(args, work_dir)
+    return str(work_dir)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from phaul.cli.common import add_images_dir, add_log_options, add_tree_options, set_up_log
+from phaul.cli import criu_syntax
+from phaul.cli.common import prepare
 
 EPILOG = """\
-The images are CRIU's. The tree is killed once all of it is saved; with -R, and
-whenever anything fails, it goes on.
+The images are CRIU's, and so are the options: all of CRIU's are known, those that
+phaul does not do yet are refused by name. The tree is killed once all of it is
+saved; with -R or -s, and whenever anything fails, it is not.
 
 example:
   phaul dump -t 1234 -D /tmp/images
@@ -18,11 +20,7 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options: CRIU's names and meanings."""
     parser.epilog = EPILOG
-    parser.add_argument("-t", "--tree", metavar="PID", type=int, required=True, help="root of the tree")
-    add_images_dir(parser)
-    parser.add_argument("-R", "--leave-running", action="store_true", help="let the tree go on afterwards")
-    add_tree_options(parser)
-    add_log_options(parser)
+    criu_syntax.add_arguments(parser, "dump")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,23 +28,35 @@ def run(args: argparse.Namespace) -> int:
     import signal
     from pathlib import Path
 
+    from phaul.cli.action_scripts import ActionScripts
     from phaul.engine.dump import Dump, DumpOptions, preflight
     from phaul.engine.imagedir import dump_to_directory
     from phaul.engine.thread import EngineThread
+    from phaul.errors import DumpError, UsageError
 
-    set_up_log(args)
+    if args.tree is None:
+        raise UsageError("a tree is needed: -t/--tree PID")
+    work_dir = prepare(args)
     # As Ctrl-C: what has been stopped goes on before we end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = DumpOptions(shell_job=args.shell_job, tcp_close=args.tcp_close)
+    scripts = ActionScripts(args.action_script, args.images_dir, work_dir, DumpError)
     with EngineThread() as engine:
         engine.call(preflight, args.tree, options)
+        scripts.run("pre-dump", args.tree)
         dump = Dump(args.tree, options)
         try:
             engine.call(dump.freeze)
             engine.call(dump.collect)
             engine.call(dump_to_directory, dump, Path(args.images_dir))
+            scripts.run("post-dump", args.tree)
+            if args.leave_stopped:
+                engine.call(dump.hold)
         except BaseException:
             engine.call(dump.thaw)
             raise
-        engine.call(dump.thaw if args.leave_running else dump.kill)
+        if args.leave_stopped:
+            engine.call(dump.leave_held)
+        else:
+            engine.call(dump.thaw if args.leave_running else dump.kill)
     return 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 
-from phaul.cli.common import add_images_dir, add_log_options, set_up_log
+from phaul.cli import criu_syntax
+from phaul.cli.common import prepare
 
 EPILOG = """\
-Without -d, phaul is the parent of the tree, waits for its root and exits as the
-root did (128 + N when signal N ended it).
+The options are CRIU's: all of them are known, those that phaul does not do yet are
+refused by name. Without -d, phaul is the parent of the tree, waits for its root and
+exits as the root did (128 + N when signal N ended it).
 
 example:
   phaul restore -d -D /tmp/images
@@ -19,16 +21,7 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options: CRIU's names and meanings."""
     parser.epilog = EPILOG
-    add_images_dir(parser)
-    parser.add_argument("-d", "--restore-detached", action="store_true", help="do not wait for the tree")
-    parser.add_argument("--pidfile", metavar="FILE", help="write the PID of the root there; must not exist")
-    parser.add_argument(
-        "-j",
-        "--shell-job",
-        action="store_true",
-        help="the tree takes our session and process group for those it had outside",
-    )
-    add_log_options(parser)
+    criu_syntax.add_arguments(parser, "restore")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,24 +29,40 @@ def run(args: argparse.Namespace) -> int:
     import signal
     from pathlib import Path
 
+    from phaul.cli.action_scripts import ActionScripts
     from phaul.engine.imagedir import restore_from_directory
+    from phaul.engine.native import Parent
     from phaul.engine.restore import RestoreOptions
     from phaul.engine.thread import EngineThread
+    from phaul.errors import RestoreError, UsageError
 
-    set_up_log(args)
+    if args.restore_sibling and not args.restore_detached:
+        raise UsageError("--restore-sibling only makes sense with --restore-detached")
+    work_dir = prepare(args)
     # As Ctrl-C: what is half built is taken away before we end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    options = RestoreOptions(shell_job=args.shell_job, detached=args.restore_detached)
+    parent = Parent.CALLERS_PARENT if args.restore_sibling else Parent.INIT if args.restore_detached else Parent.CALLER
+    scripts = ActionScripts(args.action_script, args.images_dir, work_dir, RestoreError)
+    scripts.run("pre-restore")
     with EngineThread() as engine:
+        options = RestoreOptions(shell_job=args.shell_job, parent=parent)
         restore = engine.call(restore_from_directory, Path(args.images_dir), options)
+        pid = restore.root_pid
         try:
+            for stage in ("setup-namespaces", "post-setup-namespaces", "post-restore"):
+                scripts.run(stage, pid)
+            scripts.notify("pre-resume", pid)
             if args.pidfile:
-                _write_pidfile(args.pidfile, restore.root_pid)
+                _write_pidfile(os.path.join(work_dir, args.pidfile), pid)
+            if args.leave_stopped:
+                for process in restore.pids:
+                    os.kill(process, signal.SIGSTOP)
             engine.call(restore.resume)
         except BaseException:
             engine.call(restore.abort)
             raise
-    return 0 if args.restore_detached else _wait(restore.root_pid)
+    scripts.notify("post-resume", pid)
+    return 0 if args.restore_detached else _wait(pid)
 
 
 def _write_pidfile(path: str, pid: int) -> None:

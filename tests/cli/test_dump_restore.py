@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -184,3 +184,35 @@ def test_the_log(saved: tuple[int, Path], tmp_path: Path) -> None:
     assert log.exists()
     os.kill(pid, signal.SIGKILL)
     assert_gone(pid)
+
+
+def interrupted(arguments: list[str], ready: Callable[[], bool], number: signal.Signals) -> None:
+    """Run phaul until something is so, send it a signal, and see that it says so."""
+    process = subprocess.Popen([*PHAUL, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while not ready():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, shown = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in shown
+    assert shown.endswith("phaul: error: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c(images: Path, number: signal.Signals) -> None:
+    with Target.start("beat", "512", "1000", "1") as target:
+        dump = ["dump", "-t", str(target.pid), "-D", str(images)]
+        interrupted(dump, (images / "pages-1.img").exists, number)
+        assert target.alive
+        assert phaul(*dump).returncode == 0
+        target.reap()
+        restore = ["restore", "-d", "-D", str(images)]
+        interrupted(restore, Path(f"/proc/{target.pid}").exists, number)
+        assert_gone(target.pid)
+        done = phaul(*restore)
+        assert done.returncode == 0, done.stderr
+        target.moved()
+        target.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from phaul.engine.dump import Dump, DumpOptions, preflight
 from phaul.engine.imagedir import dump_to_directory, restore_from_directory
+from phaul.engine.native import Parent
 from phaul.engine.restore import RestoreOptions
 from phaul.engine.thread import EngineThread
 from phaul.errors import CannotMove
@@ -21,8 +23,7 @@ from tests.support.visible import difference, visible_tree
 pytestmark = pytest.mark.root
 
 WORK = 0.2
-ALL = [pytest.param(case, id="-".join(case)) for case in CASES if case != ("tree", "zombie")]
-MOVED = ("*.VmFlags",)
+ALL = [pytest.param(case, id="-".join(case)) for case in CASES]
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def dump_tree(pid: int, directory: Path, *, leave_running: bool = False) -> None
 
 
 def restore_tree(directory: Path) -> int:
-    restore = restore_from_directory(directory, RestoreOptions(detached=False))
+    restore = restore_from_directory(directory, RestoreOptions(parent=Parent.CALLER))
     restore.resume()
     return restore.root_pid
 
@@ -94,3 +95,28 @@ def test_refused_and_unharmed(case: tuple[str, ...], engine: EngineThread, tmp_p
         assert list(tmp_path.iterdir()) == []
         assert difference(before, visible_tree(target.pid), RESTLESS.get(case[0], ())) == []
         target.finish()
+
+
+def test_a_stopped_program_stays_stopped(engine: EngineThread, tmp_path: Path) -> None:
+    with Target.start("tree") as target:
+        everyone = target.copies()
+        for pid in everyone:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(WORK)
+        before = visible_tree(target.pid)
+        engine.call(dump_tree, target.pid, tmp_path, leave_running=True)
+        assert difference(before, visible_tree(target.pid)) == []
+        engine.call(dump_tree, target.pid, tmp_path)
+        target.reap()
+        engine.call(restore_tree, tmp_path)
+        target.moved()
+        try:
+            time.sleep(WORK)
+            assert {Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in everyone} == {"T"}
+            for pid in everyone:
+                os.kill(pid, signal.SIGCONT)
+            target.finish()
+        finally:
+            target.kill()
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(target.pid, 0)

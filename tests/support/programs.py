@@ -36,6 +36,7 @@ CASES: tuple[tuple[str, ...], ...] = (
     ("creds",),
     ("eventfds",),
     ("files",),
+    ("files_deleted",),
     ("mem_kinds",),
     ("mem_shared",),
     ("mem_vmas",),

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.root
 
 PORT = 7000
 WORK = 0.2
-ALL = [pytest.param(case, id="-".join(case)) for case in CASES if case != ("tree", "zombie")]
+ALL = [pytest.param(case, id="-".join(case)) for case in CASES]
 
 
 @pytest.fixture(scope="module")

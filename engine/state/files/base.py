@@ -55,6 +55,12 @@ class FileOptions(Protocol):
 
     @property
     def tcp_close(self) -> bool: ...
+    @property
+    def link_remap(self) -> bool: ...
+    @property
+    def ghost_limit(self) -> int: ...
+    @property
+    def file_locks(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +281,7 @@ class FileDump:
         files: all descriptions of the tree.
         ids, types: description -> its id in files.img, its kind's number.
         paths: ids by other keys, for what is in no descriptor table.
+        undo: to be closed if the tree stays: takes back what was changed in the file system for the restore.
     """
 
     def __init__(self, images: ImageSet, options: FileOptions, files: OpenFiles) -> None:
@@ -282,6 +289,7 @@ class FileDump:
         self.ids: dict[OpenFile, int] = {}
         self.types: dict[OpenFile, fd_types] = {}
         self.paths: dict[object, int] = {}
+        self.undo = contextlib.ExitStack()
         self._seen: set[object] = set()
         self._last_id = 0
 

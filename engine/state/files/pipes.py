@@ -193,12 +193,12 @@ class Fifos(FileKind):
         return named and not file.flags & os.O_PATH
 
     def check(self, file: OpenFile, files: OpenFiles, options: FileOptions) -> None:
-        check_path(file)
+        check_path(file, options)
         check_ends(file, files)
 
     def dump(self, file: OpenFile, file_id: int, dump: FileDump) -> file_entry:
         node = dump.new_id()
-        dump.add(make_entry(file, node, file.owner()))
+        dump.add(make_entry(file, node, file.owner(), dump))
         dump_content(file, "fifo-data", dump)
         entry = fifo_entry(id=file_id, pipe_id=file.stat.st_ino, regf_id=node)
         return file_entry(type=self.type, id=file_id, fifo=entry)

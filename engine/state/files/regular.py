@@ -1,7 +1,7 @@
 """Files that are opened again by their path: regular files, directories, the harmless devices, O_PATH.
 
-The path must lead to the same file at the dump, and to a file of the same type and size at the restore.
-Deleted files are refused. Opened by path are also the files behind a process's working directory, its
+The path must lead to the same file at the dump, and to a file of the same type and size at the restore;
+`ghost` takes care of files that have lost theirs. Opened by path are also the files behind a process's working directory, its
 program and its mappings: `add_path` makes their entries.
 """
 
@@ -11,6 +11,7 @@ import os
 import stat
 from typing import Final
 
+from phaul.engine.state.files import ghost
 from phaul.engine.state.files.base import FileBuild, FileDump, FileKind, FileOptions, OpenFile, OpenFiles, no_owner
 from phaul.errors import ImageError, RestoreError
 from phaul.images.pb.fdinfo_pb2 import fd_types, file_entry
@@ -24,27 +25,27 @@ DEVICES: Final = frozenset(os.makedev(1, minor) for minor in (3, 5, 7, 8, 9))
 _NOT_AGAIN: Final = os.O_CREAT | os.O_EXCL | os.O_TRUNC | (os.O_TMPFILE & ~os.O_DIRECTORY)
 
 
-def check_path(file: OpenFile) -> None:
-    """Refuse a file that cannot be found again by its path."""
-    try:
-        there = os.lstat(file.link)
-    except OSError:
-        there = None
-    if there is None or (there.st_dev, there.st_ino) != (file.stat.st_dev, file.stat.st_ino):
-        if file.stat.st_nlink == 0:
-            raise file.refuse(f"deleted file {file.link.removesuffix(' (deleted)')}, cannot be moved")
-        raise file.refuse(f"{file.link}: this path leads to another file now, cannot be moved")
+def check_path(file: OpenFile, options: FileOptions | None = None) -> None:
+    """Refuse a file that can neither be found again by its path nor be made again.
+
+    Args:
+        options: None for a directory, which needs no leave.
+    """
+    if ghost.is_lost(file):
+        ghost.check(file, options)
     try:
         file.link.encode()
     except UnicodeEncodeError:
         raise file.refuse(f"{os.fsencode(file.link)!r}: not a UTF-8 name, cannot be put into an image") from None
 
 
-def make_entry(file: OpenFile, file_id: int, owner: fown_entry) -> file_entry:
+def make_entry(file: OpenFile, file_id: int, owner: fown_entry, dump: FileDump) -> file_entry:
     """The entry of a file that `check_path` has let through."""
-    entry = reg_file_entry(
-        id=file_id, flags=file.flags, pos=file.pos, fown=owner, name=file.link, mode=file.stat.st_mode
-    )
+    name = file.link
+    if ghost.is_lost(file):
+        name = ghost.name_of(file)
+        ghost.dump(file, file_id, dump)
+    entry = reg_file_entry(id=file_id, flags=file.flags, pos=file.pos, fown=owner, name=name, mode=file.stat.st_mode)
     if stat.S_ISREG(file.stat.st_mode):
         entry.size = file.stat.st_size
     return file_entry(type=fd_types.REG, id=file_id, reg=entry)
@@ -66,25 +67,25 @@ def add_path(dump: FileDump, pid: int, resource: str, link: str, flags: int = os
         Its id.
 
     Raises:
-        CannotMove: the file is deleted or hidden.
+        CannotMove: the file is hidden, or deleted and the options do not allow that.
     """
     file = behind_link(pid, resource, link, flags)
     key = (file.link, file.stat.st_dev, file.stat.st_ino, flags)
     known = dump.paths.get(key)
     if known is None:
-        check_path(file)
+        check_path(file, dump.options)
         known = dump.paths[key] = dump.new_id()
-        dump.add(make_entry(file, known, no_owner()))
+        dump.add(make_entry(file, known, no_owner(), dump))
     return known
 
 
 def locate(entry: reg_file_entry, build: FileBuild) -> str:
-    """The path of a file on this host, which is what the image says it is.
+    """A path of a file on this host, which is what the image says it is; valid until the build is closed.
 
     Raises:
         RestoreError: it is missing, or another file.
     """
-    path = build.path(entry.name)
+    path = ghost.place(entry, build) or build.path(entry.name)
     try:
         here = os.lstat(path) if stat.S_ISLNK(entry.mode) else os.stat(path)
     except OSError as error:
@@ -118,17 +119,22 @@ class RegularFiles(FileKind):
         return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
     def check(self, file: OpenFile, files: OpenFiles, options: FileOptions) -> None:
-        check_path(file)
+        check_path(file, options)
 
     def dump(self, file: OpenFile, file_id: int, dump: FileDump) -> file_entry:
-        return make_entry(file, file_id, file.owner())
+        return make_entry(file, file_id, file.owner(), dump)
 
     def create(self, entry: file_entry, build: FileBuild) -> int:
         reg = entry.reg
         if not reg.name.startswith("/"):
             raise ImageError(f"files: {reg.name!r} is not an absolute path")
-        path = locate(reg, build)
-        fd = os.open(path, reg.flags & ~_NOT_AGAIN | os.O_CLOEXEC)
+        path, flags = locate(reg, build), reg.flags & ~_NOT_AGAIN | os.O_CLOEXEC
+        if reg.id in ghost.remapped(build):
+            # The path is a link of /proc. What a deleted symbolic link was opened with, it is open with.
+            if stat.S_ISLNK(reg.mode):
+                return build.adopt(entry.id, os.dup(int(os.path.basename(path))))
+            flags &= ~os.O_NOFOLLOW
+        fd = os.open(path, flags)
         build.adopt(entry.id, fd)
         if reg.pos and not reg.flags & os.O_PATH:
             os.lseek(fd, reg.pos, os.SEEK_SET)

@@ -22,6 +22,9 @@ class Options:
 
     shell_job: bool = False
     tcp_close: bool = False
+    link_remap: bool = False
+    ghost_limit: int = 1 << 20
+    file_locks: bool = False
 
 
 @dataclass

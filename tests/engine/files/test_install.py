@@ -90,7 +90,7 @@ def skeleton(*pids: int) -> Iterator[SkeletonTree]:
     # Orphans become ours, and `abort` waits for all: the tests need no init that reaps.
     native.syscall("prctl", PR_SET_CHILD_SUBREAPER, 1)
     try:
-        tree.create(child_of_caller=True, clocks=None)
+        tree.create(parent=native.Parent.CALLER, clocks=None)
         yield tree
     finally:
         tree.abort()
