@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
@@ -94,25 +95,46 @@ def find_vdso(pid: int, maps: list[Mapping]) -> Mapping:
     raise CannotMove(pid, "vDSO", "there is none, so no system call can be made in the process")
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in the address space of a source code and scratch go.
+
+    Attributes:
+        tail: address of the free end of the vDSO.
+        middle: of the gap for the scratch; MAX_SCRATCH bytes are free on both sides.
+    """
+
+    tail: int
+    middle: int
+
+
+def find_place(pid: int, maps: list[Mapping]) -> Place:
+    """The place in a process whose threads are all stopped.
+
+    Raises:
+        CannotMove: there is none.
+    """
+    offset, room = vdso_tail()
+    if room < len(LOOP) + RECORD.size:
+        raise CannotMove(pid, "vDSO", f"its last page has only {room} bytes to spare")
+    try:
+        gap = find_gap([(m.start, m.end) for m in maps], 2 * MAX_SCRATCH)
+    except ValueError:
+        raise CannotMove(pid, "address space", "no room for scratch memory") from None
+    return Place(find_vdso(pid, maps).end - offset, gap + MAX_SCRATCH)
+
+
 class SourceRunner:
     """Runs batches in one stopped thread of a process that must not notice.
 
     Args:
         registers: the thread's, as stopped; they are put back after each batch.
-        maps: of the process; must not change meanwhile (all its threads are stopped).
+        mem_fd: /proc/PID/mem, for writing.
     """
 
-    def __init__(self, pid: int, tid: int, registers: Registers, maps: list[Mapping], mem_fd: int) -> None:
+    def __init__(self, pid: int, tid: int, registers: Registers, place: Place, mem_fd: int) -> None:
         self.pid, self.tid, self._registers, self._mem_fd = pid, tid, registers, mem_fd
-        offset, room = vdso_tail()
-        if room < len(LOOP) + RECORD.size:
-            raise CannotMove(pid, "vDSO", f"its last page has only {room} bytes to spare")
-        self._tail = find_vdso(pid, maps).end - offset
-        taken = [(m.start, m.end) for m in maps]
-        try:
-            self.middle = find_gap(taken, 2 * MAX_SCRATCH) + MAX_SCRATCH
-        except ValueError:
-            raise CannotMove(pid, "address space", "no room for scratch memory") from None
+        self._tail, self.middle = place.tail, place.middle
 
     def _stop_signal(self) -> int:
         proc = Proc(self.pid, self.tid)

@@ -21,7 +21,7 @@ _PR_TIMER_CREATE_RESTORE_IDS: Final = 77
 _PR_TIMER_CREATE_RESTORE_IDS_GET: Final = 2
 
 
-def _succeeds(probe: Callable[[], object]) -> bool:
+def succeeds(probe: Callable[[], object]) -> bool:
     try:
         probe()
     except OSError:
@@ -77,13 +77,13 @@ def features() -> dict[str, bool]:
     ours = os.getpid()
     return {
         "clone3_set_tid": _set_tid(),
-        "kcmp": _succeeds(lambda: native.syscall("kcmp", ours, ours, native.KCMP_VM, 0, 0)),
-        "map_files": _succeeds(lambda: os.listdir("/proc/self/map_files")),
+        "kcmp": succeeds(lambda: native.syscall("kcmp", ours, ours, native.KCMP_VM, 0, 0)),
+        "map_files": succeeds(lambda: os.listdir("/proc/self/map_files")),
         "pagemap_scan": _pagemap_scan(),
-        "pidfd_getfd": _succeeds(_pidfd_getfd),
+        "pidfd_getfd": succeeds(_pidfd_getfd),
         "proc_children": Path("/proc/thread-self/children").exists(),
         "timens": clocks.supported(),
-        "timer_restore_ids": _succeeds(
+        "timer_restore_ids": succeeds(
             lambda: native.syscall("prctl", _PR_TIMER_CREATE_RESTORE_IDS, _PR_TIMER_CREATE_RESTORE_IDS_GET, 0, 0, 0)
         ),
         "uffd_wp_async": bool(uffd & _UFFD_FEATURE_WP_ASYNC),

@@ -15,7 +15,7 @@ from pathlib import Path
 from phaul.engine import native
 from phaul.engine.batch import Batch
 from phaul.engine.describe import describe
-from phaul.engine.inject import EINTR, SourceRunner, deliverable, resumed, signed
+from phaul.engine.inject import EINTR, Place, SourceRunner, deliverable, find_place, resumed, signed
 from phaul.engine.native import Registers
 from phaul.engine.proc import Mapping, Proc
 from phaul.engine.state import rseq
@@ -47,7 +47,7 @@ class SourceThread:
     def batch(self) -> Batch:
         """A batch of system calls for this thread, crash-safe (phaul.engine.inject)."""
         process = self.process
-        return Batch(SourceRunner(process.pid, self.tid, self.regs, process.maps, process.mem_fd))
+        return Batch(SourceRunner(process.pid, self.tid, self.regs, process.place, process.mem_fd))
 
     @property
     def signal_waits(self) -> bool:
@@ -78,6 +78,11 @@ class SourceProcess:
     def maps(self) -> list[Mapping]:
         """All mappings, with VmFlags."""
         return self.proc.smaps()
+
+    @cached_property
+    def place(self) -> Place:
+        """Where batches run."""
+        return find_place(self.pid, self.maps)
 
     @cached_property
     def mem_fd(self) -> int:

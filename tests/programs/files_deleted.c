@@ -109,6 +109,7 @@ int main(int argc, char **argv)
 	MUST(unlink("fifo"));
 	SAME("fifo", write(FIFO, "content", 7), 7);
 
+	int top = (int)MUST(open(".", O_PATH | O_DIRECTORY));
 	MUST(mkdir("above", 0700));
 	MUST(mkdir("above/below", 0711));
 	make("above/below/inside", INSIDE, O_RDWR, GROWN, 8);
@@ -116,6 +117,7 @@ int main(int argc, char **argv)
 	MUST(chdir("above/below"));
 	MUST(unlink("inside"));
 	MUST(rmdir("../below"));
+	MUST(unlinkat(top, "above", AT_REMOVEDIR));
 	close_range(INSIDE + 1, ~0u, 0);
 	for (int fd = target_output + 1; fd < FIRST; fd++)
 		close(fd);

@@ -61,6 +61,7 @@ REFUSED: tuple[tuple[str, ...], ...] = (("refuse_iouring",), ("refuse_tcp_establ
 RESTLESS: dict[str, tuple[str, ...]] = {
     "creds": ("*fds.[45]", "*fds.[45].*"),
     "eventfds": ("*.eventfd-count",),
+    "files_deleted": ("*fds.23.link",),  # its name belongs to another file
     "files": ("*fds.23.pos", "*fds.27.pos"),
     "proc_attrs": ("*fds.4", "*fds.4.*"),
     "rseq_robust_tid": ("*.Cpus_allowed_list",),

@@ -1,8 +1,8 @@
 """Files that are opened again by their path: regular files, directories, the harmless devices, O_PATH.
 
 The path must lead to the same file at the dump, and to a file of the same type and size at the restore;
-`ghost` takes care of files that have lost theirs. Opened by path are also the files behind a process's working directory, its
-program and its mappings: `add_path` makes their entries.
+`ghost` takes care of files that have lost theirs. Opened by path are also the files behind a process's working
+directory, its program and its mappings: `add_path` makes their entries.
 """
 
 from __future__ import annotations
