@@ -12,6 +12,6 @@ for name in SUBSYSTEMS:
 setup(
     packages=packages,
     package_dir={"phaul": "phaul", **{f"phaul.{name}": name for name in SUBSYSTEMS}},
-    package_data={"phaul": ["py.typed"], "phaul.engine": ["*.pyi"], "phaul.images.pb": ["*.pyi"]},
+    package_data={"phaul": ["py.typed"], "phaul.engine": ["*.pyi"], "phaul.images.pb": ["*.pyi"], "phaul.pb": ["*.pyi"]},
     cffi_modules=["engine/_native_build.py:ffi"],
 )

@@ -26,7 +26,7 @@ from phaul.engine.proc import Mapping, Proc
 from phaul.engine.source import SourceProcess, SourceTree, check_process, tree_pids
 from phaul.engine.state import fds, fs, mm, registry, zombie
 from phaul.engine.state.files import memfd, regular
-from phaul.engine.state.files.base import FileDump
+from phaul.engine.state.files.base import Custody, FileDump
 from phaul.engine.state.files.ghost import GHOST_LIMIT
 from phaul.engine.vmas import Status, check, entry_of, is_anonymous_shared, is_memfd
 from phaul.errors import DumpError, PhaulError
@@ -47,14 +47,20 @@ class DumpOptions:
 
     Attributes:
         shell_job: the tree may belong to a session or process group from outside.
+        tcp_established: connections of TCP are moved.
         tcp_close: established TCP connections come back closed.
+        skip_in_flight: connections that were not yet accepted are left behind.
+        network_lock: packets of the connections are dropped while the tree is stopped.
         link_remap: deleted files that have other hard links get one more, until the restore.
         ghost_limit: bytes on disk of the largest deleted file that is taken along.
         file_locks: take locks and leases on files along.
     """
 
     shell_job: bool = False
+    tcp_established: bool = False
     tcp_close: bool = False
+    skip_in_flight: bool = False
+    network_lock: bool = True
     link_remap: bool = False
     ghost_limit: int = GHOST_LIMIT
     file_locks: bool = False
@@ -115,6 +121,7 @@ class Dump:
         self.tree = SourceTree(self.pid)
         self.images = ImageSet()
         self._undo = contextlib.ExitStack()
+        self._custody: list[Custody] = []
         self._targets: dict[str, tuple[list[PageRange], ProcessPages | SharedObject]] = {}
 
     @property
@@ -153,6 +160,7 @@ class Dump:
             self._collect_state(process)
         files = fds.collect(processes, self.images, self.options)
         self._undo.push(files.undo)
+        self._custody = files.custody
         objects = shared_objects([(process.pid, process.maps) for process in processes])
         for process in processes:
             self._collect_memory(process, files)
@@ -249,10 +257,14 @@ class Dump:
     def hold(self) -> None:
         """Also stop the tree in a way that outlives us, before the other side may run it."""
         self.tree.hold()
+        for each in self._custody:
+            each.hold()
 
     def leave_held(self) -> None:
         """After `hold`: go away and leave the tree stopped."""
         self.tree.leave_held()
+        for each in self._custody:
+            each.leave()
         self._close()
 
     def thaw(self) -> None:
@@ -264,6 +276,8 @@ class Dump:
     def kill(self) -> None:
         """End the tree: it lives elsewhere now, or in its images. Waits until it is gone."""
         self.tree.kill()
+        for each in self._custody:
+            each.kill()
         self._close()
 
     def _close(self) -> None:

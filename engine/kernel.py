@@ -21,7 +21,7 @@ _PR_TIMER_CREATE_RESTORE_IDS: Final = 77
 _PR_TIMER_CREATE_RESTORE_IDS_GET: Final = 2
 
 
-def succeeds(probe: Callable[[], object]) -> bool:
+def _succeeds(probe: Callable[[], object]) -> bool:
     try:
         probe()
     except OSError:
@@ -37,7 +37,7 @@ def _pidfd_getfd() -> None:
         os.close(pidfd)
 
 
-def _set_tid() -> bool:
+def set_tid() -> bool:
     """clone3 with a PID that is taken: EEXIST comes only after all checks of the argument and of our rights."""
     wanted = native.buffer(struct.pack("<i", 1))
     args = native.buffer(struct.pack("<11Q", 0, 0, 0, 0, 0, 0, 0, 0, wanted.address, 1, 0))
@@ -48,7 +48,7 @@ def _set_tid() -> bool:
     raise AssertionError("PID 1 was free")
 
 
-def _userfaultfd_features() -> int:
+def userfaultfd_features() -> int:
     """Features that a userfaultfd of ours can have; 0 without userfaultfd."""
     try:
         fd = native.syscall("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK)
@@ -63,7 +63,11 @@ def _userfaultfd_features() -> int:
         os.close(fd)
 
 
-def _pagemap_scan() -> bool:
+def timer_restore_ids() -> None:
+    native.syscall("prctl", _PR_TIMER_CREATE_RESTORE_IDS, _PR_TIMER_CREATE_RESTORE_IDS_GET, 0, 0, 0)
+
+
+def pagemap_scan() -> bool:
     fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         return native.PageScanner(fd).has_scan
@@ -73,19 +77,17 @@ def _pagemap_scan() -> bool:
 
 def features() -> dict[str, bool]:
     """Kernel features that phaul uses, by name."""
-    uffd = _userfaultfd_features()
+    uffd = userfaultfd_features()
     ours = os.getpid()
     return {
-        "clone3_set_tid": _set_tid(),
-        "kcmp": succeeds(lambda: native.syscall("kcmp", ours, ours, native.KCMP_VM, 0, 0)),
-        "map_files": succeeds(lambda: os.listdir("/proc/self/map_files")),
-        "pagemap_scan": _pagemap_scan(),
-        "pidfd_getfd": succeeds(_pidfd_getfd),
+        "clone3_set_tid": set_tid(),
+        "kcmp": _succeeds(lambda: native.syscall("kcmp", ours, ours, native.KCMP_VM, 0, 0)),
+        "map_files": _succeeds(lambda: os.listdir("/proc/self/map_files")),
+        "pagemap_scan": pagemap_scan(),
+        "pidfd_getfd": _succeeds(_pidfd_getfd),
         "proc_children": Path("/proc/thread-self/children").exists(),
         "timens": clocks.supported(),
-        "timer_restore_ids": succeeds(
-            lambda: native.syscall("prctl", _PR_TIMER_CREATE_RESTORE_IDS, _PR_TIMER_CREATE_RESTORE_IDS_GET, 0, 0, 0)
-        ),
+        "timer_restore_ids": _succeeds(timer_restore_ids),
         "uffd_wp_async": bool(uffd & _UFFD_FEATURE_WP_ASYNC),
         "userfaultfd": bool(uffd),
     }

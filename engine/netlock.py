@@ -24,6 +24,8 @@ LIBRARY: Final = "libnftables.so.1"
 # Packets with this mark pass: segments that a restore makes up (phaul.engine.state.files.tcp).
 PASS_MARK: Final = 0x70686175
 
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
 
 @dataclass(frozen=True, slots=True)
 class Connection:
@@ -34,14 +36,18 @@ class Connection:
     peer: str
     peer_port: int
 
-    def directions(self) -> tuple[int, list[str]]:
-        """IP version, and both directions as elements of an nftables set."""
-        local, peer = _address(self.local), _address(self.peer)
+    def addresses(self) -> tuple[Address, Address]:
+        """Local and peer, as they are in packets."""
+        return _address(self.local), _address(self.peer)
+
+    def directions(self) -> list[str]:
+        """Both directions as elements of an nftables set."""
+        local, peer = self.addresses()
         ends = (f"{local} . {self.local_port}", f"{peer} . {self.peer_port}")
-        return local.version, [" . ".join(ends), " . ".join(reversed(ends))]
+        return [" . ".join(ends), " . ".join(reversed(ends))]
 
 
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+def _address(text: str) -> Address:
     address = ipaddress.ip_address(text.partition("%")[0])
     return getattr(address, "ipv4_mapped", None) or address
 
@@ -70,14 +76,14 @@ def available() -> bool:
 def _table(name: str, connections: Iterable[Connection], flags: str) -> str:
     elements: dict[int, list[str]] = {4: [], 6: []}
     for connection in connections:
-        version, directions = connection.directions()
-        elements[version] += directions
+        elements[connection.addresses()[0].version] += connection.directions()
     sets, rules = "", ""
     for version, found in elements.items():
         if found:
             kind, ip = f"ipv{version}_addr", "ip" if version == 4 else "ip6"
             members = ", ".join(dict.fromkeys(found))
-            sets += f"set v{version} {{ type {kind} . inet_service . {kind} . inet_service; elements = {{ {members} }}; }}; "
+            key = f"{kind} . inet_service . {kind} . inet_service"
+            sets += f"set v{version} {{ type {key}; elements = {{ {members} }}; }}; "
             rules += f"meta mark != {PASS_MARK} {ip} saddr . tcp sport . {ip} daddr . tcp dport @v{version} drop; "
     chains = "".join(
         f"chain {hook} {{ type filter hook {hook} priority raw; policy accept; {rules}}}; "

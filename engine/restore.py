@@ -22,9 +22,9 @@ from phaul.engine.inject import stop_signal
 from phaul.engine.memory import Bounds, ProcessPages, SharedObject
 from phaul.engine.needed import build_id, words
 from phaul.engine.skeleton import SkeletonProcess, SkeletonThread, SkeletonTree, local_vdso
-from phaul.engine.state import fds, fs, mm, registers, registry, signals, task, zombie
+from phaul.engine.state import fds, fs, locks, mm, registers, registry, signals, task, zombie
 from phaul.engine.state.files import memfd
-from phaul.engine.state.files.base import FileBuild
+from phaul.engine.state.files.base import BuildOptions, FileBuild
 from phaul.engine.vmas import KERNEL_OWNED, Status, lock_all, map_all
 from phaul.errors import ImageError, NotPermitted, PhaulError, RestoreError
 from phaul.images.imageset import ImageSet
@@ -44,10 +44,14 @@ class RestoreOptions:
     Attributes:
         shell_job: sessions and groups from outside the tree become ours.
         parent: whose child the root becomes.
+        tcp_established: connections of TCP may be rebuilt.
+        network_lock: their packets are dropped until the tree runs.
     """
 
     shell_job: bool = False
     parent: native.Parent = native.Parent.INIT
+    tcp_established: bool = False
+    network_lock: bool = True
 
 
 class _PrivateTarget:
@@ -152,7 +156,8 @@ class Restore:
 
     def _stage(self) -> None:
         mms = self._check_images()
-        self._files = FileBuild(self.images)
+        allowed = BuildOptions(self.options.tcp_established, self.options.network_lock)
+        self._files = FileBuild(self.images, options=allowed)
         self._check_builds(self._files, mms)
         self._open_shared(self._files, mms)
         tree = self._tree = SkeletonTree(
@@ -257,7 +262,7 @@ class Restore:
         call = process.batch()
         fs.restore_process(process, call, files)
         lock_all(call, process.mm.vmas)
-        self._run(call, [])
+        self._run(call, [locks.restore_process(process, call, self.images)])
         self._tree.add_threads(process)
         call = process.batch()
         modules = [module for module in registry.PROCESS if hasattr(module, "restore_process")]
@@ -291,8 +296,10 @@ class Restore:
     def resume(self) -> None:
         """Let the tree run. From here on it is not ours any more."""
         assert self._tree is not None
+        assert self._files is not None
         for process in self._tree.processes:
             task.restore_stop(process, self.images)
+        self._files.resume()
         self._tree.detach()
 
     def abort(self) -> None:
@@ -301,6 +308,7 @@ class Restore:
             self._tree.abort()
         if self._files is not None:
             self._files.close()
+            self._files.abort()
 
 
 def _anonymous_object(size: int) -> int:

@@ -11,6 +11,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -131,11 +132,16 @@ static int start(const struct ph_spawn *args, int errors, int32_t *step)
 	return pid < 0 ? -errno : 0;
 }
 
-static void helper(const struct ph_spawn *args, int errors)
+static void helper(const struct ph_spawn *args, int errors, pid_t parent)
 {
 	int32_t step;
-	int result = start(args, errors, &step);
+	int result;
 
+	/* Nothing may be started any more when our maker has been killed. */
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (getppid() != parent)
+		_exit(0);
+	result = start(args, errors, &step);
 	if (result < 0) {
 		errno = -result;
 		fail(errors, step);
@@ -146,13 +152,14 @@ static void helper(const struct ph_spawn *args, int errors)
 /* A child of ours, whose end makes the new process an orphan, or which gives it to us. 0 or -errno. */
 static int start_in_helper(const struct ph_spawn *args, int errors)
 {
+	pid_t parent = getpid();
 	/* Raw: the child must not run pthread_atfork handlers of a threaded Python. */
 	long pid = syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
 
 	if (pid < 0)
 		return -errno;
 	if (pid == 0)
-		helper(args, errors);
+		helper(args, errors, parent);
 	while (waitpid((pid_t)pid, NULL, 0) < 0 && errno == EINTR)
 		;
 	return 0;

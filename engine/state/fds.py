@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from phaul.engine import native
-from phaul.engine.state import fs
+from phaul.engine.state import fs, locks
 from phaul.engine.state.files.base import (
     FileBuild,
     FileDump,
@@ -110,9 +110,7 @@ def _classify(file: OpenFile, files: OpenFiles, options: FileOptions) -> FileKin
     Raises:
         CannotMove: it cannot.
     """
-    for line in file.lines("lock"):
-        # "1: FLOCK  ADVISORY  WRITE 359 00:13:11691 0 EOF"
-        raise file.refuse(f"{file.link} with a lock ({line.split()[1]}), cannot be moved")
+    locks.check(file, options)
     for kind in kinds():
         if kind.claims(file):
             kind.check(file, files, options)
@@ -189,6 +187,7 @@ def collect(processes: Sequence[SourceProcess], images: ImageSet, options: FileO
     dump = FileDump(images, options, files)
     try:
         _collect(files, dump)
+        locks.dump(files, images)
     except BaseException:
         dump.undo.close()
         raise
@@ -208,6 +207,8 @@ def _collect(files: OpenFiles, dump: FileDump) -> None:
     for file in files.all:
         found.append((file, _classify(file, files, dump.options)))
         file.close()
+    for each in kinds():
+        each.begin([file for file, kind in found if kind is each], dump)
     for file, kind in found:
         try:
             file_id = dump.ids[file] = dump.new_id()

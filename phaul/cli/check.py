@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_feature(name: str) -> int:
     """One feature by CRIU's name: 0 if it is there, else 1."""
-    from phaul.engine.kernel_features import FEATURES
+    from phaul.engine.kernel_features import FEATURES, has
     from phaul.errors import UsageError
 
     if name == "list":
@@ -49,6 +49,6 @@ def _check_feature(name: str) -> int:
     if name not in FEATURES:
         raise UsageError(f"there is no feature {name} (see `phaul check --feature list`)")
     require_root("phaul check")
-    there = FEATURES[name]()
+    there = has(name)
     print(f"{name}: {'yes' if there else 'no'}")
     return 0 if there else 1

@@ -21,6 +21,7 @@ _BY_NAME = {option.name: option for option in OPTIONS}
 _BY_LETTER = {option.short: option for option in OPTIONS if option.short}
 
 Setting = tuple[Option, str | None]
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 OFF = "\0off"  # the value of a flag in its --no- form
 
 
@@ -158,6 +159,29 @@ def _read(path: str) -> Iterator[Setting]:
         yield from _settings(["=".join([f"--{words[0]}", *words[1:]])], rest)
         if rest:
             raise UsageError(f"{path}:{number}: there is no option {words[0]}")
+
+
+def size(text: str) -> int:
+    """A number of bytes with K, M or G behind it.
+
+    Raises:
+        UsageError: it is none.
+    """
+    digits, factor = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, 1)
+    if not digits.isdecimal():
+        raise UsageError(f"{text!r} is no size (examples: 4096, 64K, 1M)")
+    return int(digits) * factor
+
+
+def network_lock(method: str | None) -> bool:
+    """Whether --network-lock wants a lock. All methods of CRIU drop the same packets; phaul's is nftables.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    if method not in (None, "iptables", "nftables", "skip", "none"):
+        raise UsageError(f"--network-lock: there is no method {method!r} (iptables, nftables, skip)")
+    return method not in ("skip", "none")
 
 
 def level(text: str | None, default: int) -> int:

@@ -25,24 +25,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Dump; the exit code."""
+    import contextlib
     import signal
     from pathlib import Path
 
     from phaul.cli.action_scripts import ActionScripts
     from phaul.engine.dump import Dump, DumpOptions, preflight
     from phaul.engine.imagedir import dump_to_directory
+    from phaul.engine.source import check_process
     from phaul.engine.thread import EngineThread
-    from phaul.errors import DumpError, UsageError
+    from phaul.errors import DumpError, NoSuchProcess, UsageError
 
     if args.tree is None:
         raise UsageError("a tree is needed: -t/--tree PID")
     work_dir = prepare(args)
     # As Ctrl-C: what has been stopped goes on before we end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    options = DumpOptions(shell_job=args.shell_job, tcp_close=args.tcp_close)
+    options = DumpOptions(
+        shell_job=args.shell_job,
+        tcp_established=args.tcp_established,
+        tcp_close=args.tcp_close,
+        skip_in_flight=args.skip_in_flight,
+        network_lock=criu_syntax.network_lock(args.network_lock),
+        link_remap=args.link_remap,
+        ghost_limit=criu_syntax.size(args.ghost_limit) if args.ghost_limit else DumpOptions.ghost_limit,
+        file_locks=args.file_locks,
+    )
     scripts = ActionScripts(args.action_script, args.images_dir, work_dir, DumpError)
     with EngineThread() as engine:
-        engine.call(preflight, args.tree, options)
+        engine.call(check_process, args.tree)
+        # Children that come and go while they are looked at are looked at again when they are stopped.
+        with contextlib.suppress(NoSuchProcess):
+            engine.call(preflight, args.tree, options)
         scripts.run("pre-dump", args.tree)
         dump = Dump(args.tree, options)
         try:

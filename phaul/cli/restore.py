@@ -45,7 +45,12 @@ def run(args: argparse.Namespace) -> int:
     scripts = ActionScripts(args.action_script, args.images_dir, work_dir, RestoreError)
     scripts.run("pre-restore")
     with EngineThread() as engine:
-        options = RestoreOptions(shell_job=args.shell_job, parent=parent)
+        options = RestoreOptions(
+            shell_job=args.shell_job,
+            parent=parent,
+            tcp_established=args.tcp_established,
+            network_lock=criu_syntax.network_lock(args.network_lock),
+        )
         restore = engine.call(restore_from_directory, Path(args.images_dir), options)
         pid = restore.root_pid
         try:

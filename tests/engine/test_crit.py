@@ -12,7 +12,7 @@ from phaul.engine.thread import EngineThread
 from phaul.engine.vmas import Status
 from tests.engine.test_dump_restore import ALL, dump_tree
 from tests.images.crit_oracle import crit_decode
-from tests.support.programs import Target
+from tests.support.programs import OPTIONS, Target
 
 pytestmark = pytest.mark.root
 
@@ -31,7 +31,7 @@ def engine() -> Iterator[EngineThread]:
 def test_crit_reads_it(case: tuple[str, ...], engine: EngineThread, tmp_path: Path) -> None:
     with Target.start(*case) as target:
         time.sleep(0.1)
-        engine.call(dump_tree, target.pid, tmp_path, leave_running=True)
+        engine.call(dump_tree, target.pid, tmp_path, OPTIONS.get(case[0]), leave_running=True)
         target.finish()
     images = {path.stem: path for path in tmp_path.glob("*.img") if not path.name.startswith("pages-")}
     assert images.keys() >= ALWAYS

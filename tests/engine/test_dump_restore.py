@@ -17,7 +17,7 @@ from phaul.engine.native import Parent
 from phaul.engine.restore import RestoreOptions
 from phaul.engine.thread import EngineThread
 from phaul.errors import CannotMove
-from tests.support.programs import CASES, REFUSED, RESTLESS, Target
+from tests.support.programs import CASES, OPTIONS, REFUSED, RESTLESS, Target
 from tests.support.visible import difference, visible_tree
 
 pytestmark = pytest.mark.root
@@ -32,9 +32,10 @@ def engine() -> Iterator[EngineThread]:
         yield thread
 
 
-def dump_tree(pid: int, directory: Path, *, leave_running: bool = False) -> None:
-    preflight(pid, DumpOptions())
-    dump = Dump(pid)
+def dump_tree(pid: int, directory: Path, options: DumpOptions | None = None, *, leave_running: bool = False) -> None:
+    options = options or DumpOptions()
+    preflight(pid, options)
+    dump = Dump(pid, options)
     dump.freeze()
     try:
         dump.collect()
@@ -59,7 +60,7 @@ def test_dump_and_restore(case: tuple[str, ...], engine: EngineThread, tmp_path:
     with Target.start(*case) as target:
         time.sleep(WORK)
         before = visible_tree(target.pid)
-        engine.call(dump_tree, target.pid, tmp_path)
+        engine.call(dump_tree, target.pid, tmp_path, OPTIONS.get(case[0]))
         target.reap()
         assert target.copies() == []
         assert engine.call(restore_tree, tmp_path) == target.pid
@@ -81,7 +82,7 @@ def test_dump_leaves_it_running(case: tuple[str, ...], engine: EngineThread, tmp
         before = visible_tree(target.pid)
         for _ in range(3):
             time.sleep(WORK)
-            engine.call(dump_tree, target.pid, tmp_path, leave_running=True)
+            engine.call(dump_tree, target.pid, tmp_path, OPTIONS.get(case[0]), leave_running=True)
         assert difference(before, visible_tree(target.pid), RESTLESS.get(case[0], ())) == []
         target.finish()
 

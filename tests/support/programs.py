@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from phaul.demo.hosts import Host, HostProcess
+from phaul.engine.dump import DumpOptions
 
 SOURCES = Path(__file__).parent.parent / "programs"
 BUILD = SOURCES / "build"
@@ -36,6 +37,7 @@ CASES: tuple[tuple[str, ...], ...] = (
     ("creds",),
     ("eventfds",),
     ("files",),
+    ("file_locks",),
     ("files_deleted",),
     ("mem_kinds",),
     ("mem_shared",),
@@ -54,6 +56,9 @@ CASES: tuple[tuple[str, ...], ...] = (
     ("vdso",),
 )
 """Every program that can be moved, as arguments for `Target.start`."""
+
+OPTIONS: dict[str, DumpOptions] = {"file_locks": DumpOptions(file_locks=True)}
+"""What has to be allowed before a program can be moved."""
 
 REFUSED: tuple[tuple[str, ...], ...] = (("refuse_iouring",), ("refuse_tcp_established",))
 """Every program that phaul must refuse, and leave unharmed."""

@@ -61,15 +61,48 @@ class FileOptions(Protocol):
     def ghost_limit(self) -> int: ...
     @property
     def file_locks(self) -> bool: ...
+    @property
+    def tcp_established(self) -> bool: ...
+    @property
+    def skip_in_flight(self) -> bool: ...
+    @property
+    def network_lock(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """The options of a restore that kinds of files look at.
+
+    Attributes:
+        tcp_established: connections of TCP may be rebuilt.
+        network_lock: their packets are dropped until the tree runs.
+    """
+
+    tcp_established: bool = False
+    network_lock: bool = True
+
+
+class Custody:
+    """What a kind of file keeps of a stopped tree until its fate is known. Each end may come twice."""
+
+    def hold(self) -> None:
+        """The tree stays stopped even if we die."""
+
+    def leave(self) -> None:
+        """We go away from a tree that is held."""
+
+    def kill(self) -> None:
+        """The tree is gone: what it was goes on elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A descriptor that refers to a description."""
+    """A descriptor that refers to a description, and what only it shows of the locks on the file (fdinfo)."""
 
     pid: int
     fd: int
     cloexec: bool
+    locks: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -80,7 +113,7 @@ class OpenFile:
         resource: what to call it in messages to the user, after the PID `pid` ("fd 7").
         link: where /proc/PID/fd/N points ("/etc/hosts", "pipe:[1234]").
         flags: O_* as in f_flags, without O_CLOEXEC.
-        info: the lines of /proc/PID/fdinfo/N behind the common ones.
+        info: the lines of /proc/PID/fdinfo/N behind the common ones, without those of locks.
         users: the descriptors that refer to it, in the order of the processes; none for a file that was not
             found in a descriptor table (a working directory, a mapped file).
     """
@@ -177,7 +210,8 @@ def _read_table(pid: int) -> Iterator[tuple[User, OpenFile]]:
         except FileNotFoundError:
             continue  # closed meanwhile: only while the process runs
         all_flags = int(flags.split()[1], 8)
-        user = User(pid, number, bool(all_flags & os.O_CLOEXEC))
+        locks = tuple(line.partition(":")[2].strip() for line in info if line.startswith("lock:"))
+        user = User(pid, number, bool(all_flags & os.O_CLOEXEC), locks)
         yield (
             user,
             OpenFile(
@@ -189,7 +223,7 @@ def _read_table(pid: int) -> Iterator[tuple[User, OpenFile]]:
                 all_flags & ~os.O_CLOEXEC,
                 int(pos.split()[1]),
                 int(mnt_id.split()[1]),
-                tuple(info),
+                tuple(line for line in info if not line.startswith("lock:")),
             ),
         )
 
@@ -282,6 +316,7 @@ class FileDump:
         ids, types: description -> its id in files.img, its kind's number.
         paths: ids by other keys, for what is in no descriptor table.
         undo: to be closed if the tree stays: takes back what was changed in the file system for the restore.
+        custody: to be told what becomes of the tree, unless it goes on here: that closes `undo`.
     """
 
     def __init__(self, images: ImageSet, options: FileOptions, files: OpenFiles) -> None:
@@ -290,6 +325,7 @@ class FileDump:
         self.types: dict[OpenFile, fd_types] = {}
         self.paths: dict[object, int] = {}
         self.undo = contextlib.ExitStack()
+        self.custody: list[Custody] = []
         self._seen: set[object] = set()
         self._last_id = 0
 
@@ -321,9 +357,9 @@ class FileBuild:
         cleanup: runs at `close`; for descriptors that are needed only while building.
     """
 
-    def __init__(self, images: ImageSet, root: str = "/") -> None:
+    def __init__(self, images: ImageSet, root: str = "/", options: BuildOptions | None = None) -> None:
         """Raises ImageError when a table contradicts itself."""
-        self.images, self.root = images, root
+        self.images, self.root, self.options = images, root, options or BuildOptions()
         self.entries = {entry.id: entry for entry in images.messages("files", file_entry)}
         self.fds: dict[int, int] = {}
         self.tables: dict[str, dict[int, int]] = {}
@@ -337,6 +373,8 @@ class FileBuild:
         self.shared: dict[object, Any] = {}
         self.cleanup = contextlib.ExitStack()
         self._last: list[Callable[[], None]] = []
+        self._on_resume: list[Callable[[], None]] = []
+        self._on_abort: list[Callable[[], None]] = []
 
     def path(self, name: str) -> str:
         """Where a path of the image is on this host."""
@@ -378,6 +416,26 @@ class FileBuild:
             step()
         self._last.clear()
 
+    def on_resume(self, step: Callable[[], None]) -> None:
+        """Have `step` called right before the tree runs. It needs descriptors of its own: `close` comes earlier."""
+        self._on_resume.append(step)
+
+    def on_abort(self, step: Callable[[], None]) -> None:
+        """Have `step` called when the half-built tree has been killed."""
+        self._on_abort.append(step)
+
+    def resume(self) -> None:
+        """The tree is about to run: make the calls of `on_resume`; those of `on_abort` are void."""
+        while self._on_resume:
+            self._on_resume.pop(0)()
+        self._on_abort.clear()
+
+    def abort(self) -> None:
+        """The tree is gone: make the calls of `on_abort`, the last one first. Idempotent."""
+        self._on_resume.clear()
+        while self._on_abort:
+            self._on_abort.pop()()
+
     def close(self) -> None:
         """Close all descriptors in our process; what the tree has got stays."""
         self.cleanup.close()
@@ -407,6 +465,13 @@ class FileKind:
 
         Raises:
             CannotMove: with the reason.
+        """
+
+    def begin(self, files: Sequence[OpenFile], dump: FileDump) -> None:
+        """Called with all files of this kind, let through by `check`, before the first `dump`.
+
+        Raises:
+            CannotMove: one of them cannot be moved after all.
         """
 
     def dump(self, file: OpenFile, file_id: int, dump: FileDump) -> file_entry:

@@ -18,6 +18,7 @@ from typing import Final
 
 from google.protobuf.message import Message
 
+from phaul.engine import native
 from phaul.engine.state.files.base import FileBuild, FileDump, FileOptions, OpenFile, no_owner
 from phaul.errors import DumpError, ImageError, RestoreError
 from phaul.images.pb.fdinfo_pb2 import fd_types, file_entry
@@ -31,6 +32,7 @@ GHOST_LIMIT: Final = 1 << 20
 """Bytes on disk of the largest deleted file that is taken along unless the user says otherwise."""
 
 _GHOST_BIT: Final = 1 << 31  # in remap_id of images from before there was a remap_type
+_AT_SYMLINK_FOLLOW: Final = 0x400
 _BLOCK: Final = 512  # unit of st_blocks
 _READ: Final = os.O_RDONLY | os.O_NOATIME | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -143,8 +145,10 @@ def _chunks(file: OpenFile) -> Iterator[tuple[int, bytes]]:
 def _dump_link(file: OpenFile, link_id: int, images: FileDump) -> None:
     """Give a file that has other names one that can be found again; `FileDump.undo` removes it."""
     name = os.path.join(_existing(os.path.dirname(name_of(file))), f"link_remap.{link_id}")
+    source, target = native.buffer(os.fsencode(file.path) + b"\0"), native.buffer(os.fsencode(name) + b"\0")
     try:
-        os.link(file.path, name, follow_symlinks=True)
+        # link(2), as os.link calls it, would link the link of /proc itself.
+        native.syscall("linkat", -100, source.address, -100, target.address, _AT_SYMLINK_FOLLOW)
     except OSError as error:
         raise file.refuse(f"deleted file {name_of(file)}: {name} cannot be made: {error.strerror}") from error
     images.undo.callback(_unlink, name)

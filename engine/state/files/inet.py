@@ -1,8 +1,9 @@
-"""IPv4 and IPv6 sockets: TCP that listens or is not connected, UDP.
+"""IPv4 and IPv6 sockets: TCP and UDP.
 
-An established TCP connection is refused, unless it may come back closed (--tcp-close): then it is dumped with its
-state and addresses, as CRIU does, and restored as a socket that is not connected. inventory.img says so
-(`tcp_close`). Datagrams that wait in a UDP socket are dropped.
+A TCP connection is refused unless it may be moved (--tcp-established): then phaul.engine.state.files.tcp reads and
+rebuilds it; or may come back closed (--tcp-close): then it is dumped with its state and addresses, as CRIU does, and
+restored as a socket that is not connected. inventory.img says so (`tcp_close`). Datagrams that wait in a UDP socket
+are dropped.
 """
 
 from __future__ import annotations
@@ -13,17 +14,28 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Any, Final
 
+from phaul.engine import netlock
+from phaul.engine.netlock import Connection
 from phaul.engine.sockdiag import TCP_CLOSE, TCP_ESTABLISHED, TCP_LISTEN
-from phaul.engine.state.files import sockopts
-from phaul.engine.state.files.base import FileBuild, FileDump, FileKind, FileOptions, OpenFile, OpenFiles
+from phaul.engine.state.files import sockopts, tcp
+from phaul.engine.state.files.base import (
+    FileBuild,
+    FileDump,
+    FileKind,
+    FileOptions,
+    OpenFile,
+    OpenFiles,
+    allow_many_files,
+)
 from phaul.errors import ImageError, RestoreError
 from phaul.images.pb.fdinfo_pb2 import fd_types, file_entry
 from phaul.images.pb.inventory_pb2 import inventory_entry
 from phaul.images.pb.sk_inet_pb2 import inet_sk_entry, ip_opts_entry
 from phaul.images.pb.sk_opts_pb2 import sk_shutdown
-from phaul.images.pb.tcp_stream_pb2 import tcp_opts_entry
+from phaul.images.pb.tcp_stream_pb2 import tcp_opts_entry, tcp_stream_entry
 
 FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 SUPPORTED: Final = ((socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP))
@@ -86,12 +98,28 @@ def _has_ended(sock: socket.socket) -> bool:
     return bool(segments)
 
 
-def _peer(sock: socket.socket) -> tuple[str, int] | None:
+def _peer(file: OpenFile) -> tuple[str, int] | None:
+    sock = file.socket
     try:
         address = sock.getpeername()
     except OSError:
+        if sock.proto == socket.IPPROTO_TCP and tcp.state_of(sock) == tcp.TCP_SYN_SENT:
+            return _awaited_peer(file)
         return None
     return address[0], address[1]
+
+
+def _awaited_peer(file: OpenFile) -> tuple[str, int] | None:
+    """Whom connect(2) is waiting for; getpeername(2) does not tell."""
+    family = file.socket.family
+    with open(f"/proc/{file.pid}/net/tcp{'6' if family == socket.AF_INET6 else ''}") as table:
+        for line in table:
+            columns = line.split()
+            if columns[9] == str(file.stat.st_ino):
+                host, _, port = columns[2].partition(":")
+                words = [int(host[i : i + 8], 16) for i in range(0, len(host), 8)]
+                return socket.inet_ntop(family, struct.pack(f"={len(words)}I", *words)), int(port, 16)
+    return None
 
 
 class InetSockets(FileKind):
@@ -113,20 +141,55 @@ class InetSockets(FileKind):
         state, waiting, _ = _tcp_info(sock)
         if options.tcp_close or state == TCP_CLOSE:
             return
-        way_out = "(--tcp-close would bring it back closed)"
-        if state != TCP_LISTEN:
-            peer = _peer(sock)
-            to = f" to {_show(*peer)}" if peer else ""
-            what = "established TCP connection" if state == TCP_ESTABLISHED else "TCP connection that opens or ends"
+        if state == TCP_LISTEN:
+            if waiting and not options.skip_in_flight:
+                at = _show(*sock.getsockname()[:2])
+                way_out = "(--skip-in-flight and --tcp-close would leave them behind)"
+                raise file.refuse(f"{waiting} TCP connections to {at} not yet accepted, cannot be moved {way_out}")
+            return
+        peer = _peer(file)
+        to = f" to {_show(*peer)}" if peer else ""
+        what = "established TCP connection" if state == TCP_ESTABLISHED else "TCP connection that opens or ends"
+        if not options.tcp_established:
+            way_out = "(--tcp-established would move it, --tcp-close bring it back closed)"
             raise file.refuse(f"{what}{to}, cannot be moved {way_out}")
-        if waiting:
-            at = _show(*sock.getsockname()[:2])
-            raise file.refuse(f"{waiting} TCP connections to {at} not yet accepted, cannot be moved {way_out}")
+        if state not in tcp.STATES or not peer:
+            raise file.refuse(f"{what}{to}, cannot be moved in its state {state}")
+        if options.network_lock and not netlock.available():
+            needs = "to hold back its packets the package nftables is needed (or --network-lock skip)"
+            raise file.refuse(f"{what}{to}, cannot be moved: {needs}")
+
+    def begin(self, files: Sequence[OpenFile], dump: FileDump) -> None:
+        if not dump.options.tcp_established or dump.options.tcp_close:
+            return
+        connections: dict[OpenFile, Connection] = {}
+        for file in files:
+            sock = file.socket
+            peer = _peer(file)
+            if sock.proto == socket.IPPROTO_TCP and tcp.state_of(sock) in tcp.STATES and peer:
+                host, port, *_ = sock.getsockname()
+                connections[file] = Connection(host, port, *peer)
+            file.close()
+        if not connections:
+            return
+        allow_many_files(2 * len(connections))
+        held = tcp.Held(list(connections.values()), dump.options.network_lock)
+        dump.undo.callback(held.thaw)
+        dump.custody.append(held)
+        # Not by socket.dup: it would change O_NONBLOCK, which the program has too.
+        held.socks += [socket.socket(fileno=os.dup(file.dup())) for file in connections]
+        for file, found in zip(connections, tcp.read_all(held.socks), strict=True):
+            if isinstance(found, str):
+                raise file.refuse(f"{found}, cannot be moved")
+            message, queues = found
+            name = f"tcp-stream-{file.stat.st_ino & 0xFFFFFFFF:x}"
+            dump.images.add(name, tcp_stream_entry.FromString(message), queues)
+            file.close()
 
     def dump(self, file: OpenFile, file_id: int, dump: FileDump) -> file_entry:
         sock = file.socket
         host, port, *_ = sock.getsockname()
-        peer = _peer(sock)
+        peer = _peer(file)
         entry = inet_sk_entry(
             id=file_id,
             ino=file.stat.st_ino & 0xFFFFFFFF,
@@ -158,7 +221,7 @@ class InetSockets(FileKind):
                 entry.src_port = 0
             entry.tcp_opts.CopyFrom(tcp_opts_entry())
             sockopts.fill_numbers(entry.tcp_opts, sock, socket.IPPROTO_TCP, _TCP_NUMBERS)
-        if entry.state == TCP_CLOSE:
+        if entry.state in (TCP_CLOSE, TCP_ESTABLISHED, tcp.TCP_FIN_WAIT1, tcp.TCP_FIN_WAIT2):
             self._dump_shutdown(sock, entry)
         return file_entry(type=self.type, id=file_id, isk=entry)
 
@@ -181,26 +244,29 @@ class InetSockets(FileKind):
         return fd
 
     def _restore(self, isk: inet_sk_entry, sock: socket.socket, build: FileBuild) -> None:
-        tcp = isk.proto == socket.IPPROTO_TCP
+        is_tcp = isk.proto == socket.IPPROTO_TCP
         if isk.HasField("v6only"):
             sockopts.set_number(sock, socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(isk.v6only))
         sockopts.apply_bind_options(sock, isk.opts)
         sockopts.apply_numbers(isk.ip_opts, sock, *_IP_NUMBERS[isk.family])
-        connected = tcp and isk.state not in (TCP_CLOSE, TCP_LISTEN)
+        connected = is_tcp and isk.state not in (TCP_CLOSE, TCP_LISTEN)
         if connected and not build.images.one("inventory", inventory_entry).tcp_close:
-            raise ImageError(f"files: socket {isk.id} is an established TCP connection, cannot be restored")
-        if isk.src_port and not connected:
+            _Connections.of(build).rebuild(isk, sock)
+        elif isk.src_port and not connected:
             self._bind(isk, sock)
         if isk.state == TCP_LISTEN:
             try:
                 sock.listen(isk.backlog)
             except OSError as error:
-                self._explain(isk, error)
-        elif isk.dst_port and not tcp:
-            sock.connect(self._address(isk, _host(isk, isk.dst_addr), isk.dst_port))
-        if tcp:
+                raise _explained(isk, error) from error
+        elif isk.dst_port and not is_tcp:
+            sock.connect(_address(isk, _host(isk, isk.dst_addr), isk.dst_port))
+        if is_tcp:
             sockopts.apply_numbers(isk.tcp_opts, sock, socket.IPPROTO_TCP, _TCP_NUMBERS)
         sockopts.apply_options(sock, isk.opts)
+        if connected:
+            # The others of this port are still to be bound.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if isk.shutdown:
             with contextlib.suppress(OSError):  # ENOTCONN, but it has been done
                 sock.shutdown(isk.shutdown - 1)
@@ -209,22 +275,82 @@ class InetSockets(FileKind):
         # Whatever its own setting: connections of the past must not keep the port from us.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            sock.bind(self._address(isk, _host(isk, isk.src_addr), isk.src_port))
+            sock.bind(_address(isk, _host(isk, isk.src_addr), isk.src_port))
         except OSError as error:
-            self._explain(isk, error)
+            raise _explained(isk, error) from error
 
-    @staticmethod
-    def _address(isk: inet_sk_entry, host: str, port: int) -> tuple[Any, ...]:
-        if isk.family == socket.AF_INET:
-            return host, port
-        return host, port, 0, socket.if_nametoindex(isk.ifname) if isk.ifname else 0
 
-    @staticmethod
-    def _explain(isk: inet_sk_entry, error: OSError) -> None:
-        protocol = "TCP" if isk.proto == socket.IPPROTO_TCP else "UDP"
-        where = f"{protocol} {_show(_host(isk, isk.src_addr), isk.src_port)}"
-        if error.errno == errno.EADDRINUSE:
-            raise RestoreError(f"{where}: another process of this host has this port") from error
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise RestoreError(f"{where}: this host does not have this address") from error
-        raise RestoreError(f"{where}: {os.strerror(error.errno or 0)}") from error
+def _address(isk: inet_sk_entry, host: str, port: int) -> tuple[Any, ...]:
+    if isk.family == socket.AF_INET:
+        return host, port
+    return host, port, 0, socket.if_nametoindex(isk.ifname) if isk.ifname else 0
+
+
+def _explained(isk: inet_sk_entry, error: OSError) -> RestoreError:
+    protocol = "TCP" if isk.proto == socket.IPPROTO_TCP else "UDP"
+    where = f"{protocol} {_show(_host(isk, isk.src_addr), isk.src_port)}"
+    if error.errno == errno.EADDRINUSE:
+        return RestoreError(f"{where}: another process of this host has this port")
+    if error.errno == errno.EADDRNOTAVAIL:
+        return RestoreError(f"{where}: this host does not have this address")
+    return RestoreError(f"{where}: {os.strerror(error.errno or 0)}")
+
+
+class _Connections:
+    """All TCP connections of one restore: locked before the first is rebuilt, in repair mode until the tree runs."""
+
+    @classmethod
+    def of(cls, build: FileBuild) -> _Connections:
+        found = build.shared.get(cls)
+        if found is None:
+            found = build.shared[cls] = cls(build)
+        assert isinstance(found, cls)
+        return found
+
+    def __init__(self, build: FileBuild) -> None:
+        if not build.options.tcp_established:
+            raise RestoreError("the images hold established TCP connections: allow them by --tcp-established")
+        self._images = build.images
+        self._rebuilt: list[tuple[inet_sk_entry, tcp.Rebuilt]] = []
+        self._socks: list[socket.socket] = []
+        sockets = [build.entries[file_id].isk for file_id in build.wanted if build.entries[file_id].HasField("isk")]
+        connected = [_connection(isk) for isk in sockets if isk.proto == socket.IPPROTO_TCP and isk.state in tcp.STATES]
+        self._lock = netlock.NetworkLock(connected) if build.options.network_lock else None
+        build.on_resume(self._resume)
+        build.on_abort(self._end)
+
+    def rebuild(self, isk: inet_sk_entry, sock: socket.socket) -> None:
+        """Make a new socket a connection of the image."""
+        if isk.state not in tcp.STATES:
+            raise ImageError(f"files: TCP connection {isk.id} in state {isk.state}")
+        ours = socket.socket(fileno=os.dup(sock.fileno()))
+        self._socks.append(ours)
+        records = self._images.records(f"tcp-stream-{isk.ino:x}")
+        if len(records) != 1:
+            raise ImageError(f"tcp-stream-{isk.ino:x}: {len(records)} connections")
+        stream, queues = records[0]
+        assert isinstance(stream, tcp_stream_entry)
+        rebuilt = tcp.Rebuilt(ours, _connection(isk), isk.state, stream, queues)
+        try:
+            rebuilt.bind(_address(isk, _host(isk, isk.src_addr), isk.src_port))
+        except OSError as error:
+            raise _explained(isk, error) from error
+        rebuilt.connect(_address(isk, _host(isk, isk.dst_addr), isk.dst_port))
+        self._rebuilt.append((isk, rebuilt))
+
+    def _resume(self) -> None:
+        if self._lock:
+            self._lock.release()
+        for isk, rebuilt in self._rebuilt:
+            rebuilt.release(int(isk.opts.reuseaddr), int(isk.tcp_opts.nodelay))
+        self._end()
+
+    def _end(self) -> None:
+        while self._socks:
+            self._socks.pop().close()
+        if self._lock:
+            self._lock.release()
+
+
+def _connection(isk: inet_sk_entry) -> Connection:
+    return Connection(_host(isk, isk.src_addr), isk.src_port, _host(isk, isk.dst_addr), isk.dst_port)

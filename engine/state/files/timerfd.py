@@ -6,6 +6,7 @@ import array
 import fcntl
 import os
 import re
+import select
 import struct
 import time
 from typing import Final
@@ -67,12 +68,18 @@ class TimerFds(FileKind):
             raise ImageError(f"files: timerfd with unknown clock {timer.clockid}")
         fd = build.adopt(entry.id, native.syscall("timerfd_create", timer.clockid, os.O_CLOEXEC))
         first = timer.vsec * 10**9 + timer.vnsec
+        expired = not first and (timer.isec or timer.insec)
+        if expired:
+            first = 1
         if first:
             if timer.settime_flags & TFD_TIMER_ABSTIME:
                 first += time.clock_gettime_ns(_CLOCKS[timer.clockid])
             seconds, nanoseconds = divmod(first, 10**9)
             value = array.array("q", [timer.isec, timer.insec, seconds, nanoseconds])
             native.syscall("timerfd_settime", fd, timer.settime_flags, value.buffer_info()[0], 0)
+        if expired:
+            # An interval timer rests from when it expires until it is read; its ticks would count one more.
+            select.select([fd], [], [])
         if timer.ticks:
             fcntl.ioctl(fd, TFD_IOC_SET_TICKS, struct.pack("Q", timer.ticks))
         return fd

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from phaul.engine.source import SourceProcess
 from phaul.engine.state import fds
-from phaul.engine.state.files.base import FileBuild, FileDump
+from phaul.engine.state.files.base import BuildOptions, FileBuild, FileDump
 from phaul.images.imageset import ImageSet
 from phaul.images.pb.core_pb2 import task_kobj_ids_entry
 
@@ -22,6 +22,9 @@ class Options:
 
     shell_job: bool = False
     tcp_close: bool = False
+    tcp_established: bool = False
+    skip_in_flight: bool = False
+    network_lock: bool = True
     link_remap: bool = False
     ghost_limit: int = 1 << 20
     file_locks: bool = False
@@ -54,6 +57,8 @@ def system_call(pid: int) -> int:
 
 class Holder:
     """Processes (`sleep`) that have nothing open but what they were given."""
+
+    allowed = BuildOptions(tcp_established=True)
 
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []

@@ -63,12 +63,23 @@ def test_there_and_back(tmp_path: Path) -> None:
         fs.restore_process(tree.processes[0], tree.processes[0].batch(), FileBuild(images))
 
 
-def test_a_hidden_directory_is_refused(tmp_path: Path) -> None:
-    with sleeper(tmp_path) as process:
-        tmp_path.rmdir()
+def test_a_deleted_directory_comes_back_deleted(tmp_path: Path) -> None:
+    pid = free_pids(1)[0]
+    directory = tmp_path / "above" / "below"
+    directory.mkdir(parents=True)
+    with sleeper(directory) as process:
+        directory.rmdir()
+        directory.parent.rmdir()
         fds.preflight([process.pid], Options())
-        tmp_path.with_name(f"{tmp_path.name} (deleted)").touch()
-        fds.preflight([process.pid], Options())
+        images = dump(process, pid)
+    with skeleton(pid) as tree:
+        call = tree.processes[0].batch()
+        build = FileBuild(images)
+        fs.restore_process(tree.processes[0], call, build)
+        call.run()
+        build.close()
+        assert os.readlink(f"/proc/{pid}/cwd") == f"{directory} (deleted)"
+        assert os.listdir(tmp_path) == []
 
 
 def test_a_chroot_is_refused(tmp_path: Path) -> None:

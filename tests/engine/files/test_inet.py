@@ -191,7 +191,7 @@ def test_an_established_connection_is_refused(holder: Holder) -> None:
         holder.preflight()
     assert str(refused.value) == (
         f"fd {fd} of PID {holder.pids[0]}: established TCP connection to {host}:{port}, cannot be moved "
-        "(--tcp-close would bring it back closed)"
+        "(--tcp-established would move it, --tcp-close bring it back closed)"
     )
 
 
