@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # The whole suite has to end within this time.
 TEST_LIMIT := 20m
 
-PACKAGES := criu gcc git iproute2 libc6-dev make nginx-light procps python3-dev python3-venv \
+PACKAGES := criu gcc git iproute2 libc6-dev make nftables nginx-light procps python3-dev python3-venv \
 	redis-server util-linux
 NATIVE := $(wildcard engine/_native_build.py engine/native/*)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from functools import cmp_to_key
-from itertools import count, pairwise
 from typing import Final
 
 from phaul.engine import native
@@ -27,6 +26,7 @@ _OBJECTS: Final = {
     "fs_id": (native.KCMP_FS, "its working directory"),
     "sighand_id": (native.KCMP_SIGHAND, "its signal handlers"),
 }
+_SHAREABLE: Final = {"files_id": 0x400, "fs_id": 0x200}  # CLONE_FILES, CLONE_FS
 _ORDER: Final = {0: 0, 1: -1, 2: 1}
 
 
@@ -90,12 +90,28 @@ def _number_objects(processes: list[SourceProcess]) -> None:
         def order(a: SourceProcess, b: SourceProcess, kind: int = kind) -> int:
             return _ORDER[native.syscall("kcmp", a.pid, b.pid, kind, 0, 0)]
 
-        ordered = sorted(processes, key=cmp_to_key(order))
-        for a, b in pairwise(ordered):
-            if order(a, b) == 0:
-                raise CannotMove(b.pid, "process", f"shares {what} with PID {a.pid} (clone), cannot be moved")
-        for number, process in zip(count(1), processes, strict=False):
+        number, before = 0, None
+        for process in sorted(processes, key=cmp_to_key(order)):
+            number += before is None or order(before, process) != 0
             setattr(process.ids, field, number)
+            before = process
+        _check_sharing(processes, field, what)
+
+
+def _check_sharing(processes: list[SourceProcess], field: str, what: str) -> None:
+    """Only what a child can share with its parent by clone(2) can be made again: one way in, from above."""
+    first: dict[int, SourceProcess] = {}
+    for process in processes:
+        number = getattr(process.ids, field)
+        other = first.setdefault(number, process)
+        from_parent = process.parent is not None and getattr(process.parent.ids, field) == number
+        if other is not process and not (field in _SHAREABLE and from_parent):
+            raise CannotMove(process.pid, "process", f"shares {what} with PID {other.pid} (clone), cannot be moved")
+
+
+def sharing_flags(parent: task_kobj_ids_entry, child: task_kobj_ids_entry) -> int:
+    """The flags of clone(2) that make a child share what it shared with its parent."""
+    return sum(flag for field, flag in _SHAREABLE.items() if getattr(parent, field) == getattr(child, field))
 
 
 def namespace_ids(pid: int, known: dict[bytes, int]) -> dict[str, int]:

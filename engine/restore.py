@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from phaul.engine import clocks, native
+from phaul.engine import clocks, native, pstree
 from phaul.engine.batch import Batch, BatchError
 from phaul.engine.dump import IMAGE_VERSION
 from phaul.engine.inject import stop_signal
@@ -164,6 +164,7 @@ class Restore:
             self._entries,
             mms,
             self._path_of_file,
+            sharing=self._sharing(),
             stop_signal=stop_signal(signals.pending_anywhere(self.images)),
             keep_session=self.options.shell_job,
         )
@@ -184,6 +185,11 @@ class Restore:
                 parse_pagemap(name, self.images.messages(name))
                 if name not in self._targets:
                     raise ImageError(f"{name}: no process or shared memory of this number")
+
+    def _sharing(self) -> dict[int, int]:
+        ids = {pid: self.images.one(f"core-{pid}", core_entry).ids for pid in self.pids}
+        parents = {entry.pid: entry.ppid for entry in self._entries if entry.ppid in ids}
+        return {pid: pstree.sharing_flags(ids[parent], ids[pid]) for pid, parent in parents.items()}
 
     def _path_of_file(self, file_id: int) -> str:
         assert self._files is not None

@@ -100,6 +100,7 @@ class SkeletonTree:
         entries: the tree, parents before children.
         mms: the address space of each living process; the others are zombies.
         path_of_file: for a file id, a path by which the skeletons can open it.
+        sharing: flags of clone(2) by which a process shares descriptors or working directory with its parent, by PID.
         stop_signal: ends batches; must not be pending anywhere in the tree, or 0 (see `native.run`).
         keep_session: the root stays in the session and process group of our process.
     """
@@ -110,10 +111,12 @@ class SkeletonTree:
         mms: dict[int, mm_entry],
         path_of_file: Callable[[int], str],
         *,
+        sharing: dict[int, int],
         stop_signal: int,
         keep_session: bool = False,
     ) -> None:
         self.path_of_file, self.stop_signal, self._keep_session = path_of_file, stop_signal, keep_session
+        self._sharing = sharing
         by_pid: dict[int, SkeletonProcess] = {}
         for entry in entries:
             process = SkeletonProcess(entry, self, by_pid.get(entry.ppid), mms.get(entry.pid, mm_entry()))
@@ -220,15 +223,16 @@ class SkeletonTree:
 
     def _fork(self, child: SkeletonProcess, session: int) -> None:
         assert child.parent is not None
-        self._clone(child.parent, child, [child.pid], 0)
+        self._clone(child.parent, child, [child.pid], self._sharing.get(child.pid, 0), signal.SIGCHLD)
         self._grow(child, session)
 
-    def _clone(self, maker: SkeletonProcess, owner: SkeletonProcess, tids: list[int], flags: int) -> None:
+    def _clone(
+        self, maker: SkeletonProcess, owner: SkeletonProcess, tids: list[int], flags: int, exit_signal: int
+    ) -> None:
         """Let `maker` create tasks with these ids, one clone3 each; they become threads of `owner`."""
         call = maker.batch()
         for tid in tids:
             set_tid = call.data(struct.pack("<i", tid))
-            exit_signal = 0 if flags else signal.SIGCHLD
             call.clone3(call.data(_clone_args(flags, exit_signal, set_tid)), _CLONE_ARGS.size)
         try:
             call.run()
@@ -288,7 +292,7 @@ class SkeletonTree:
         with self._naming():
             # Fewer a batch than native.LIST_MAX new tasks.
             for i in range(0, len(tids), 512):
-                self._clone(process, process, tids[i : i + 512], _THREAD_FLAGS)
+                self._clone(process, process, tids[i : i + 512], _THREAD_FLAGS, 0)
 
     def set_registers(self, process: SkeletonProcess, registers: dict[int, Registers]) -> None:
         """Remove the scratch and set the final registers of all threads (by TID): nothing can be injected any more."""

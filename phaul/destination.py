@@ -105,7 +105,7 @@ class Destination:
 
     async def _preflight(self) -> None:
         wanted = await self._channel.expect(control.Preflight, STEP_TIMEOUT)
-        self._options = RestoreOptions(shell_job=wanted.shell_job)
+        self._options = RestoreOptions(shell_job=wanted.shell_job, tcp_established=wanted.tcp_established)
         files = [NeededFile(file.path, file.size, file.build_id) for file in wanted.files]
         reply = control.PreflightReply(
             taken=taken([*wanted.pids, *wanted.tids]),

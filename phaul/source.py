@@ -54,11 +54,13 @@ class MigrateOptions:
 
     Attributes:
         shell_job: the tree belongs to a terminal session that stays here.
+        tcp_established: move TCP connections, too; their addresses must be there.
         tcp_close: restore established TCP connections as closed ones.
         connect_timeout: seconds for reaching the destination.
     """
 
     shell_job: bool = False
+    tcp_established: bool = False
     tcp_close: bool = False
     connect_timeout: float = 10.0
 
@@ -184,10 +186,14 @@ class Source:
         self._progress(f"{self._endpoint}: phaul {theirs.phaul_version}, kernel {theirs.kernel_release}")
 
     async def _preflight(self, channel: Channel) -> Dump:
-        options = DumpOptions(shell_job=self._options.shell_job, tcp_close=self._options.tcp_close)
+        options = DumpOptions(
+            shell_job=self._options.shell_job,
+            tcp_established=self._options.tcp_established,
+            tcp_close=self._options.tcp_close,
+        )
         with self._timeline.span("preflight"):
             found = await self._engine.run(preflight, self._pid, options)
-            await channel.send(_preflight_message(found, self._options.shell_job))
+            await channel.send(_preflight_message(found, self._options))
             reply = await channel.expect(control.PreflightReply, STEP_TIMEOUT)
         problems = [*reply.taken, *reply.files]
         if problems:
@@ -358,13 +364,14 @@ class Source:
                 await regardless(channel.close())
 
 
-def _preflight_message(found: Preflight, shell_job: bool) -> control.Preflight:
+def _preflight_message(found: Preflight, options: MigrateOptions) -> control.Preflight:
     return control.Preflight(
         pids=found.pids,
         tids=found.tids,
         files=[control.NeededFile(path=file.path, size=file.size, build_id=file.build_id) for file in found.files],
         bytes=found.bytes,
-        shell_job=shell_job,
+        shell_job=options.shell_job,
+        tcp_established=options.tcp_established,
     )
 
 

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from phaul.engine import native
 from phaul.engine.state import fs, locks
 from phaul.engine.state.files.base import (
     FileBuild,
@@ -56,7 +55,6 @@ _UNCLAIMED: Final = {
     "anon_inode:[io_uring]": "io_uring",
     "anon_inode:[userfaultfd]": "userfaultfd",
     "anon_inode:[perf_event]": "perf event",
-    "anon_inode:inotify": "inotify",
     "anon_inode:[fanotify]": "fanotify",
     "anon_inode:[pidfd]": "pidfd",
     "pidfd:": "pidfd",
@@ -122,21 +120,6 @@ def _classify(file: OpenFile, files: OpenFiles, options: FileOptions) -> FileKin
     raise file.refuse(f"{_describe(file)}, cannot be moved")
 
 
-def _check_tables(pids: Sequence[int]) -> None:
-    """Refuse processes that share a table (CLONE_FILES)."""
-    ordered: list[int] = []
-    for pid in pids:
-        low, high = 0, len(ordered)
-        while low < high:
-            middle = (low + high) // 2
-            order = native.syscall("kcmp", pid, ordered[middle], native.KCMP_FILES, 0, 0)
-            if order == 0:
-                reason = f"shared with PID {ordered[middle]} (CLONE_FILES), cannot be moved"
-                raise CannotMove(pid, "descriptor table", reason)
-            low, high = (low, middle) if order == 1 else (middle + 1, high)
-        ordered.insert(low, pid)
-
-
 def preflight(pids: Sequence[int], options: FileOptions) -> None:
     """Look for open files that cannot be moved, without stopping anything.
 
@@ -156,7 +139,6 @@ def _preflight(pids: Sequence[int], options: FileOptions) -> None:
     try:
         for pid in pids:
             fs.preflight(pid)
-        _check_tables(pids)
         files = OpenFiles(pids, stopped=False)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise NoSuchProcess(f"PID {pids[0]}: a process of the tree has just ended") from error
@@ -181,9 +163,7 @@ def collect(processes: Sequence[SourceProcess], images: ImageSet, options: FileO
     Raises:
         CannotMove: a file that cannot be moved, named. DumpError: reading failed.
     """
-    pids = [process.pid for process in processes]
-    _check_tables(pids)
-    files = OpenFiles(pids)
+    files = OpenFiles([process.pid for process in processes])
     dump = FileDump(images, options, files)
     try:
         _collect(files, dump)
@@ -195,6 +175,8 @@ def collect(processes: Sequence[SourceProcess], images: ImageSet, options: FileO
         files.close()
     cloexec = {(user.pid, user.fd) for file in files.all for user in file.users if user.cloexec}
     for process in processes:
+        if files.owners[process.pid] != process.pid:
+            continue
         for number, file in files.tables[process.pid].items():
             flags = FD_CLOEXEC if (process.pid, number) in cloexec else 0
             entry = fdinfo_entry(id=dump.ids[file], flags=flags, type=dump.types[file], fd=number)
@@ -316,6 +298,8 @@ def install(process: SkeletonProcess, made: FileBuild, comm: socket.socket) -> N
     """
     ids = made.images.one(f"core-{process.pid}", core_entry).ids
     name = f"fdinfo-{ids.files_id}"
+    if made.shared.setdefault((install, name), process.pid) != process.pid:
+        return  # it shares the table of another process, which has got it already
     numbers: dict[int, dict[int, bool]] = {}
     for entry in made.images.messages(name, fdinfo_entry):
         numbers.setdefault(entry.id, {})[entry.fd] = bool(entry.flags & FD_CLOEXEC)

@@ -39,6 +39,11 @@ def add_tree_options(parser: argparse.ArgumentParser) -> None:
         help="the tree may belong to a session or a terminal from outside",
     )
     parser.add_argument(
+        "--tcp-established",
+        action="store_true",
+        help="established TCP connections are moved, too",
+    )
+    parser.add_argument(
         "--tcp-close",
         action="store_true",
         help="established TCP connections come back closed",

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = MigrateOptions(
         shell_job=args.shell_job,
+        tcp_established=args.tcp_established,
         tcp_close=args.tcp_close,
         connect_timeout=args.connect_timeout,
     )

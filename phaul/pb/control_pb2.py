@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16phaul/pb/control.proto\x12\rphaul.control\"\xbb\x02\n\x05Hello\x12\x15\n\rphaul_version\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12!\n\x04role\x18\x03 \x01(\x0e\x32\x13.phaul.control.Role\x12\x0c\n\x04\x61rch\x18\x04 \x01(\t\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x16\n\x0ekernel_release\x18\x06 \x01(\t\x12\x34\n\x08\x66\x65\x61tures\x18\x07 \x03(\x0b\x32\".phaul.control.Hello.FeaturesEntry\x12\x14\n\x0c\x63pu_features\x18\x08 \x03(\t\x12\x0f\n\x07vdso_id\x18\t \x01(\x0c\x12\r\n\x05token\x18\n \x01(\x0c\x12\x10\n\x08\x61gent_id\x18\x0b \x01(\x0c\x1a/\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\":\n\nNeededFile\x12\x0c\n\x04path\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x10\n\x08\x62uild_id\x18\x03 \x01(\x0c\"s\n\tPreflight\x12\x0c\n\x04pids\x18\x01 \x03(\r\x12\x0c\n\x04tids\x18\x02 \x03(\r\x12(\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x19.phaul.control.NeededFile\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x11\n\tshell_job\x18\x05 \x01(\x08\".\n\x0ePreflightReply\x12\r\n\x05taken\x18\x01 \x03(\t\x12\r\n\x05\x66iles\x18\x02 \x03(\t\"5\n\tImageFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\x07\n\x05Stage\"\x08\n\x06Staged\"*\n\tPagesDone\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\x08\n\x06\x46inish\"\n\n\x08Prepared\"\x08\n\x06\x43ommit\"\t\n\x07Running\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\")\n\x06\x46\x61iled\x12\x11\n\texit_code\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xce\x04\n\x07Message\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.phaul.control.HelloH\x00\x12-\n\tpreflight\x18\x02 \x01(\x0b\x32\x18.phaul.control.PreflightH\x00\x12\x38\n\x0fpreflight_reply\x18\x03 \x01(\x0b\x32\x1d.phaul.control.PreflightReplyH\x00\x12.\n\nimage_file\x18\x04 \x01(\x0b\x32\x18.phaul.control.ImageFileH\x00\x12%\n\x05stage\x18\x05 \x01(\x0b\x32\x14.phaul.control.StageH\x00\x12\'\n\x06staged\x18\x06 \x01(\x0b\x32\x15.phaul.control.StagedH\x00\x12.\n\npages_done\x18\x07 \x01(\x0b\x32\x18.phaul.control.PagesDoneH\x00\x12\'\n\x06\x66inish\x18\x08 \x01(\x0b\x32\x15.phaul.control.FinishH\x00\x12+\n\x08prepared\x18\t \x01(\x0b\x32\x17.phaul.control.PreparedH\x00\x12\'\n\x06\x63ommit\x18\n \x01(\x0b\x32\x15.phaul.control.CommitH\x00\x12)\n\x07running\x18\x0b \x01(\x0b\x32\x16.phaul.control.RunningH\x00\x12%\n\x05\x61\x62ort\x18\x0c \x01(\x0b\x32\x14.phaul.control.AbortH\x00\x12\'\n\x06\x66\x61iled\x18\r \x01(\x0b\x32\x15.phaul.control.FailedH\x00\x42\t\n\x07payload*5\n\x04Role\x12\x10\n\x0cROLE_UNKNOWN\x10\x00\x12\n\n\x06SOURCE\x10\x01\x12\x0f\n\x0b\x44\x45STINATION\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16phaul/pb/control.proto\x12\rphaul.control\"\xbb\x02\n\x05Hello\x12\x15\n\rphaul_version\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12!\n\x04role\x18\x03 \x01(\x0e\x32\x13.phaul.control.Role\x12\x0c\n\x04\x61rch\x18\x04 \x01(\t\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x16\n\x0ekernel_release\x18\x06 \x01(\t\x12\x34\n\x08\x66\x65\x61tures\x18\x07 \x03(\x0b\x32\".phaul.control.Hello.FeaturesEntry\x12\x14\n\x0c\x63pu_features\x18\x08 \x03(\t\x12\x0f\n\x07vdso_id\x18\t \x01(\x0c\x12\r\n\x05token\x18\n \x01(\x0c\x12\x10\n\x08\x61gent_id\x18\x0b \x01(\x0c\x1a/\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\":\n\nNeededFile\x12\x0c\n\x04path\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x10\n\x08\x62uild_id\x18\x03 \x01(\x0c\"\x8c\x01\n\tPreflight\x12\x0c\n\x04pids\x18\x01 \x03(\r\x12\x0c\n\x04tids\x18\x02 \x03(\r\x12(\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x19.phaul.control.NeededFile\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x11\n\tshell_job\x18\x05 \x01(\x08\x12\x17\n\x0ftcp_established\x18\x06 \x01(\x08\".\n\x0ePreflightReply\x12\r\n\x05taken\x18\x01 \x03(\t\x12\r\n\x05\x66iles\x18\x02 \x03(\t\"5\n\tImageFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\x07\n\x05Stage\"\x08\n\x06Staged\"*\n\tPagesDone\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\x08\n\x06\x46inish\"\n\n\x08Prepared\"\x08\n\x06\x43ommit\"\t\n\x07Running\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\")\n\x06\x46\x61iled\x12\x11\n\texit_code\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xce\x04\n\x07Message\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.phaul.control.HelloH\x00\x12-\n\tpreflight\x18\x02 \x01(\x0b\x32\x18.phaul.control.PreflightH\x00\x12\x38\n\x0fpreflight_reply\x18\x03 \x01(\x0b\x32\x1d.phaul.control.PreflightReplyH\x00\x12.\n\nimage_file\x18\x04 \x01(\x0b\x32\x18.phaul.control.ImageFileH\x00\x12%\n\x05stage\x18\x05 \x01(\x0b\x32\x14.phaul.control.StageH\x00\x12\'\n\x06staged\x18\x06 \x01(\x0b\x32\x15.phaul.control.StagedH\x00\x12.\n\npages_done\x18\x07 \x01(\x0b\x32\x18.phaul.control.PagesDoneH\x00\x12\'\n\x06\x66inish\x18\x08 \x01(\x0b\x32\x15.phaul.control.FinishH\x00\x12+\n\x08prepared\x18\t \x01(\x0b\x32\x17.phaul.control.PreparedH\x00\x12\'\n\x06\x63ommit\x18\n \x01(\x0b\x32\x15.phaul.control.CommitH\x00\x12)\n\x07running\x18\x0b \x01(\x0b\x32\x16.phaul.control.RunningH\x00\x12%\n\x05\x61\x62ort\x18\x0c \x01(\x0b\x32\x14.phaul.control.AbortH\x00\x12\'\n\x06\x66\x61iled\x18\r \x01(\x0b\x32\x15.phaul.control.FailedH\x00\x42\t\n\x07payload*5\n\x04Role\x12\x10\n\x0cROLE_UNKNOWN\x10\x00\x12\n\n\x06SOURCE\x10\x01\x12\x0f\n\x0b\x44\x45STINATION\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,38 +33,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HELLO_FEATURESENTRY']._loaded_options = None
   _globals['_HELLO_FEATURESENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=1406
-  _globals['_ROLE']._serialized_end=1459
+  _globals['_ROLE']._serialized_start=1432
+  _globals['_ROLE']._serialized_end=1485
   _globals['_HELLO']._serialized_start=42
   _globals['_HELLO']._serialized_end=357
   _globals['_HELLO_FEATURESENTRY']._serialized_start=310
   _globals['_HELLO_FEATURESENTRY']._serialized_end=357
   _globals['_NEEDEDFILE']._serialized_start=359
   _globals['_NEEDEDFILE']._serialized_end=417
-  _globals['_PREFLIGHT']._serialized_start=419
-  _globals['_PREFLIGHT']._serialized_end=534
-  _globals['_PREFLIGHTREPLY']._serialized_start=536
-  _globals['_PREFLIGHTREPLY']._serialized_end=582
-  _globals['_IMAGEFILE']._serialized_start=584
-  _globals['_IMAGEFILE']._serialized_end=637
-  _globals['_STAGE']._serialized_start=639
-  _globals['_STAGE']._serialized_end=646
-  _globals['_STAGED']._serialized_start=648
-  _globals['_STAGED']._serialized_end=656
-  _globals['_PAGESDONE']._serialized_start=658
-  _globals['_PAGESDONE']._serialized_end=700
-  _globals['_FINISH']._serialized_start=702
-  _globals['_FINISH']._serialized_end=710
-  _globals['_PREPARED']._serialized_start=712
-  _globals['_PREPARED']._serialized_end=722
-  _globals['_COMMIT']._serialized_start=724
-  _globals['_COMMIT']._serialized_end=732
-  _globals['_RUNNING']._serialized_start=734
-  _globals['_RUNNING']._serialized_end=743
-  _globals['_ABORT']._serialized_start=745
-  _globals['_ABORT']._serialized_end=768
-  _globals['_FAILED']._serialized_start=770
-  _globals['_FAILED']._serialized_end=811
-  _globals['_MESSAGE']._serialized_start=814
-  _globals['_MESSAGE']._serialized_end=1404
+  _globals['_PREFLIGHT']._serialized_start=420
+  _globals['_PREFLIGHT']._serialized_end=560
+  _globals['_PREFLIGHTREPLY']._serialized_start=562
+  _globals['_PREFLIGHTREPLY']._serialized_end=608
+  _globals['_IMAGEFILE']._serialized_start=610
+  _globals['_IMAGEFILE']._serialized_end=663
+  _globals['_STAGE']._serialized_start=665
+  _globals['_STAGE']._serialized_end=672
+  _globals['_STAGED']._serialized_start=674
+  _globals['_STAGED']._serialized_end=682
+  _globals['_PAGESDONE']._serialized_start=684
+  _globals['_PAGESDONE']._serialized_end=726
+  _globals['_FINISH']._serialized_start=728
+  _globals['_FINISH']._serialized_end=736
+  _globals['_PREPARED']._serialized_start=738
+  _globals['_PREPARED']._serialized_end=748
+  _globals['_COMMIT']._serialized_start=750
+  _globals['_COMMIT']._serialized_end=758
+  _globals['_RUNNING']._serialized_start=760
+  _globals['_RUNNING']._serialized_end=769
+  _globals['_ABORT']._serialized_start=771
+  _globals['_ABORT']._serialized_end=794
+  _globals['_FAILED']._serialized_start=796
+  _globals['_FAILED']._serialized_end=837
+  _globals['_MESSAGE']._serialized_start=840
+  _globals['_MESSAGE']._serialized_end=1430
 # @@protoc_insertion_point(module_scope)

@@ -60,18 +60,20 @@ class NeededFile(_message.Message):
     def __init__(self, path: _Optional[bytes] = ..., size: _Optional[int] = ..., build_id: _Optional[bytes] = ...) -> None: ...
 
 class Preflight(_message.Message):
-    __slots__ = ("pids", "tids", "files", "bytes", "shell_job")
+    __slots__ = ("pids", "tids", "files", "bytes", "shell_job", "tcp_established")
     PIDS_FIELD_NUMBER: _ClassVar[int]
     TIDS_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     SHELL_JOB_FIELD_NUMBER: _ClassVar[int]
+    TCP_ESTABLISHED_FIELD_NUMBER: _ClassVar[int]
     pids: _containers.RepeatedScalarFieldContainer[int]
     tids: _containers.RepeatedScalarFieldContainer[int]
     files: _containers.RepeatedCompositeFieldContainer[NeededFile]
     bytes: int
     shell_job: bool
-    def __init__(self, pids: _Optional[_Iterable[int]] = ..., tids: _Optional[_Iterable[int]] = ..., files: _Optional[_Iterable[_Union[NeededFile, _Mapping]]] = ..., bytes: _Optional[int] = ..., shell_job: _Optional[bool] = ...) -> None: ...
+    tcp_established: bool
+    def __init__(self, pids: _Optional[_Iterable[int]] = ..., tids: _Optional[_Iterable[int]] = ..., files: _Optional[_Iterable[_Union[NeededFile, _Mapping]]] = ..., bytes: _Optional[int] = ..., shell_job: _Optional[bool] = ..., tcp_established: _Optional[bool] = ...) -> None: ...
 
 class PreflightReply(_message.Message):
     __slots__ = ("taken", "files")

@@ -45,6 +45,7 @@ CASES: tuple[tuple[str, ...], ...] = (
     ("pipes",),
     ("proc_attrs",),
     ("regs",),
+    ("shared_tables",),
     ("rseq_robust_tid",),
     ("signals",),
     ("sock_listen",),
@@ -71,6 +72,7 @@ RESTLESS: dict[str, tuple[str, ...]] = {
     "proc_attrs": ("*fds.4", "*fds.4.*"),
     "rseq_robust_tid": ("*.Cpus_allowed_list",),
     "refuse_iouring": ("*.Sq*", "*.Cq*", "*.Cached*"),
+    "shared_tables": ("*.fds.5*", "*mask*"),
     "timers": ("*ShdPnd", "*.SigPnd", "*.SigBlk"),  # sigtimedwait(2) unblocks what it waits for
 }
 """What a program changes of its visible state by working: `ignore` for `visible.difference`."""

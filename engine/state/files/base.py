@@ -116,6 +116,8 @@ class OpenFile:
         info: the lines of /proc/PID/fdinfo/N behind the common ones, without those of locks.
         users: the descriptors that refer to it, in the order of the processes; none for a file that was not
             found in a descriptor table (a working directory, a mapped file).
+        in_flight: it is open only in the queue of a unix socket (SCM_RIGHTS); its user is a descriptor of ours.
+        sent: of a unix socket: the descriptions in its queue, in order.
     """
 
     pid: int
@@ -128,6 +130,8 @@ class OpenFile:
     mnt_id: int = -1
     info: tuple[str, ...] = ()
     users: list[User] = field(default_factory=list)
+    in_flight: bool = False
+    sent: list[OpenFile] = field(default_factory=list)
     _fd: int = -1
     _socket: socket.socket | None = None
     _owner: fown_entry | None = None
@@ -253,12 +257,31 @@ def _group(key_mates: list[OpenFile], user: User) -> OpenFile | int:
     return low
 
 
+def _owners_of_tables(pids: Sequence[int]) -> dict[int, int]:
+    """PID -> the first PID that has the same descriptor table (CLONE_FILES), itself as a rule."""
+    ordered: list[int] = []
+    owners: dict[int, int] = {}
+    for pid in pids:
+        low, high = 0, len(ordered)
+        while low < high and pid not in owners:
+            middle = (low + high) // 2
+            order = native.syscall("kcmp", pid, ordered[middle], native.KCMP_FILES, 0, 0)
+            if order == 0:
+                owners[pid] = ordered[middle]
+            low, high = (low, middle) if order == 1 else (middle + 1, high)
+        if pid not in owners:
+            ordered.insert(low, pid)
+            owners[pid] = pid
+    return owners
+
+
 class OpenFiles:
     """All open file descriptions of some processes.
 
     Attributes:
         all: every description once, in the order of processes and numbers.
         tables: PID -> number -> description.
+        owners: PID -> the first PID with the same table, itself as a rule.
         by_inode: (st_dev, st_ino) -> descriptions.
         stopped: whether the processes are; else two files may have been read at different times.
     """
@@ -270,7 +293,11 @@ class OpenFiles:
         self.tables: dict[int, dict[int, OpenFile]] = {}
         self.by_inode: dict[tuple[int, int], list[OpenFile]] = {}
         mates: dict[object, list[OpenFile]] = {}
-        for pid in pids:
+        self.owners = _owners_of_tables(pids)
+        for pid, owner in self.owners.items():
+            if owner != pid:
+                self.tables[pid] = self.tables[owner]
+                continue
             table = self.tables[pid] = {}
             for user, found in _read_table(pid):
                 # kcmp only decides among files that look the same. What timerfds show changes with time.
@@ -355,6 +382,7 @@ class FileBuild:
         wanted: ids of all files that are in a table, ascending.
         shared: what kinds keep for the time of a restore, by a key of their own.
         cleanup: runs at `close`; for descriptors that are needed only while building.
+        at_end: runs when `close` has closed everything else.
     """
 
     def __init__(self, images: ImageSet, root: str = "/", options: BuildOptions | None = None) -> None:
@@ -372,6 +400,7 @@ class FileBuild:
         self.wanted = sorted({file_id for table in self.tables.values() for file_id in table.values()})
         self.shared: dict[object, Any] = {}
         self.cleanup = contextlib.ExitStack()
+        self.at_end = contextlib.ExitStack()
         self._last: list[Callable[[], None]] = []
         self._on_resume: list[Callable[[], None]] = []
         self._on_abort: list[Callable[[], None]] = []
@@ -441,6 +470,7 @@ class FileBuild:
         self.cleanup.close()
         while self.fds:
             os.close(self.fds.popitem()[1])
+        self.at_end.close()
 
 
 class FileKind:

@@ -79,7 +79,7 @@ def dump(file: OpenFile, file_id: int, images: FileDump) -> None:
     Args:
         file_id: id of its reg_file_entry.
     """
-    key = (remap_file_path_entry, file.stat.st_dev, file.stat.st_ino)
+    key = _key(file)
     kind = LINKED if file.stat.st_nlink else GHOST
     if key not in images.paths:
         images.paths[key] = images.new_id()
@@ -90,6 +90,20 @@ def dump(file: OpenFile, file_id: int, images: FileDump) -> None:
     images.images.add(
         "remap-fpath", remap_file_path_entry(orig_id=file_id, remap_id=images.paths[key], remap_type=kind)
     )
+
+
+def stand_in(file: OpenFile, images: FileDump) -> str:
+    """The path that `find` knows a lost file by, once it has been dumped."""
+    name = name_of(file)
+    return _link_name(name, images.paths[_key(file)]) if file.stat.st_nlink else name
+
+
+def _key(file: OpenFile) -> object:
+    return remap_file_path_entry, file.stat.st_dev, file.stat.st_ino
+
+
+def _link_name(name: str, link_id: int) -> str:
+    return os.path.join(_existing(os.path.dirname(name)), f"link_remap.{link_id}")
 
 
 def _dump_ghost(file: OpenFile, ghost_id: int, images: FileDump) -> None:
@@ -144,7 +158,7 @@ def _chunks(file: OpenFile) -> Iterator[tuple[int, bytes]]:
 
 def _dump_link(file: OpenFile, link_id: int, images: FileDump) -> None:
     """Give a file that has other names one that can be found again; `FileDump.undo` removes it."""
-    name = os.path.join(_existing(os.path.dirname(name_of(file))), f"link_remap.{link_id}")
+    name = _link_name(name_of(file), link_id)
     source, target = native.buffer(os.fsencode(file.path) + b"\0"), native.buffer(os.fsencode(name) + b"\0")
     try:
         # link(2), as os.link calls it, would link the link of /proc itself.
@@ -218,17 +232,23 @@ def place(entry: reg_file_entry, build: FileBuild) -> str | None:
     return f"/proc/{os.getpid()}/fd/{made[remap]}"
 
 
-def ghost_of(device: int, inode: int, build: FileBuild) -> reg_file_entry | None:
-    """A file that was this inode at the source and is a ghost.
+def find(device: int, inode: int, path: str, build: FileBuild) -> reg_file_entry | None:
+    """A lost file, by what it was at the source.
 
     Args:
         device: as `kernel_device` has it.
+        path: as from `stand_in`.
     """
     for file_id, (ghost, number) in remapped(build).items():
+        if file_id not in build.entries:
+            raise ImageError(f"files: there is no file with id {file_id}")
         if ghost:
-            found = _ghost_records(number, build)[0][0]
-            if isinstance(found, ghost_file_entry) and (found.dev, found.ino) == (device, inode):
-                return build.entries[file_id].reg
+            record = _ghost_records(number, build)[0][0]
+            found = isinstance(record, ghost_file_entry) and (record.dev, record.ino) == (device, inode)
+        else:
+            found = number in build.entries and build.entries[number].reg.name == path
+        if found:
+            return build.entries[file_id].reg
     return None
 
 

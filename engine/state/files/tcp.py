@@ -56,6 +56,7 @@ _U32 = struct.Struct("I")
 _TCP_HEADER = struct.Struct("!HHIIBBHHH")
 _FIN, _ACK = 0x01, 0x10
 _CHUNK: Final = 1 << 16
+_MSS_MIN, _MSS_MAX = 88, 32767  # of setsockopt(TCP_MAXSEG)
 _ARRIVAL: Final = 2.0  # seconds for a segment to come through the loopback device
 
 
@@ -294,7 +295,10 @@ class Rebuilt:
             for option, data in ((socket.SO_SNDBUF, self.outq), (socket.SO_RCVBUF, self.inq))
         )
         sockopts.force_buffers(sock, send, receive)
+        # TCP_REPAIR_OPTIONS sets the MSS, but the kernel would go on with segments for a peer that has told none.
+        _set(sock, socket.TCP_MAXSEG, max(_MSS_MIN, min(stream.mss_clamp, _MSS_MAX)))
         sock.connect(peer)
+        _set(sock, socket.TCP_MAXSEG, 0)
         self._set_options()
         self._set_timestamp()
         self._fill_queues()

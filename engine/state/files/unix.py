@@ -1,7 +1,7 @@
 """unix(7) sockets: pairs and connections inside the tree with what is queued in them, listeners, datagrams.
 
-sock_diag tells who is connected with whom. Queues are read by peeking, on a duplicate of the socket, and are filled
-again by sending from the other end. What is connected to a process outside the tree is refused.
+sock_diag tells who is connected with whom. Queues are read by peeking (unix_queue), on a duplicate of the socket, and
+are filled again by sending from the other end. What is connected to a process outside the tree is refused.
 """
 
 from __future__ import annotations
@@ -12,14 +12,10 @@ import fcntl
 import os
 import select
 import socket
-import stat
-import struct
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from phaul.engine import native
 from phaul.engine.sockdiag import TCP_CLOSE, TCP_ESTABLISHED, TCP_LISTEN, UnixSocket, unix_sockets
 from phaul.engine.state.files import sockopts
 from phaul.engine.state.files.base import (
@@ -31,25 +27,16 @@ from phaul.engine.state.files.base import (
     OpenFiles,
     inode_owners,
 )
+from phaul.engine.state.files.unix_name import StagedName
+from phaul.engine.state.files.unix_queue import SCM_CREDENTIALS, UCRED, peek_queue, send
 from phaul.errors import ImageError, RestoreError
 from phaul.images.pb.fdinfo_pb2 import fd_types, file_entry
 from phaul.images.pb.sk_packet_pb2 import scm_entry, sk_packet_entry
 from phaul.images.pb.sk_unix_pb2 import file_perms_entry, unix_sk_entry
 
 SIOCUNIXFILE: Final = 0x89E0  # linux/un.h: an O_PATH descriptor of the node that a socket is bound to
-SO_PEEK_OFF: Final = 42
-SCM_CREDENTIALS: Final = 2
-CLONE_FS: Final = 0x200
 TYPES: Final = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
-_UCRED = struct.Struct("iII")
-_CHUNK: Final = 1 << 16
-_MAX_EMPTY: Final = 64
-_ALL_ROOM: Final = 1 << 30
 _SHUT_READ, _SHUT_WRITE = 1, 2
-
-
-Sender = tuple[int, int, int] | None
-"""PID, UID and GID."""
 
 
 def show_name(name: bytes) -> str:
@@ -97,48 +84,6 @@ def _name(usk: unix_sk_entry) -> bytes:
     return usk.name.rstrip(b"\0") if _is_path(usk.name) else usk.name
 
 
-def peek_queue(sock: socket.socket, rqueue: int) -> Iterator[tuple[bytes, Sender]]:
-    """What waits in a socket, without taking it: messages, or pieces of a stream.
-
-    Args:
-        rqueue: of a stream, how much there is: looking beyond would take a pending error (ECONNRESET) away.
-
-    Yields:
-        The data and, where the socket asks for it (SO_PASSCRED), PID, UID and GID of the sender.
-    """
-    if sock.type == socket.SOCK_STREAM and not rqueue:
-        return
-    before = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
-    offset, size, room = 0, _CHUNK, socket.CMSG_SPACE(_UCRED.size)
-    empty: list[tuple[bytes, Sender]] = []
-    sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
-    try:
-        while True:
-            try:
-                data, control, flags, _ = sock.recvmsg(size, room, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                yield from empty
-                return
-            sender = next((_UCRED.unpack(c) for _, kind, c in control if kind == SCM_CREDENTIALS), None)
-            if flags & socket.MSG_TRUNC:
-                size *= 4
-                sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)
-            elif data:
-                yield from empty
-                empty.clear()
-                yield data, sender
-                offset += len(data)
-                if sock.type == socket.SOCK_STREAM and offset >= rqueue:
-                    return
-            elif sock.type == socket.SOCK_STREAM or len(empty) == _MAX_EMPTY:
-                # The end, which a reader cannot tell from empty messages before it.
-                return
-            else:
-                empty.append((data, sender))
-    finally:
-        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, before)
-
-
 def _has_error(sock: socket.socket) -> bool:
     """Whether the next call on a socket fails with an error of the past; SO_ERROR would take it away."""
     poll = select.poll()
@@ -168,8 +113,6 @@ class UnixSockets(FileKind):
         here = files.unix.get(file.stat.st_ino)
         if here is None:
             raise file.refuse("unix socket of another network namespace, cannot be moved")
-        if any(int(count) for count in file.lines("scm_fds")):
-            raise file.refuse("unix socket with descriptors in flight (SCM_RIGHTS), cannot be moved")
         if here.state == TCP_LISTEN:
             self._check_waiting(file, here, files)
         elif here.peer:
@@ -236,12 +179,22 @@ class UnixSockets(FileKind):
             if not here.name.startswith(b"/"):
                 entry.name_dir = node.path.removesuffix(os.fsdecode(here.name)).rstrip("/") or "/"
         if here.state != TCP_LISTEN:
-            for data, sender in peek_queue(file.socket, here.rqueue):
-                packet = sk_packet_entry(id_for=file_id, length=len(data))
-                if sender:
-                    packet.scm.append(scm_entry(type=SCM_CREDENTIALS, rights=sender))
-                dump.images.add("sk-queues", packet, data)
+            self._dump_queue(file, file_id, here.rqueue, dump)
         return file_entry(type=self.type, id=file_id, usk=entry)
+
+    @staticmethod
+    def _dump_queue(file: OpenFile, file_id: int, rqueue: int, dump: FileDump) -> None:
+        sent = iter(file.sent)
+        for queued in peek_queue(file.socket, rqueue):
+            packet = sk_packet_entry(id_for=file_id, length=len(queued.data))
+            if queued.sender:
+                packet.scm.append(scm_entry(type=SCM_CREDENTIALS, rights=queued.sender))
+            if queued.fds:
+                for fd in queued.fds:
+                    os.close(fd)
+                rights = [dump.id_of(next(sent)) for _ in queued.fds]
+                packet.scm.append(scm_entry(type=socket.SCM_RIGHTS, rights=rights))
+            dump.images.add("sk-queues", packet, queued.data)
 
     # Restore.
 
@@ -276,6 +229,7 @@ class _Build:
                 self.queues.setdefault(message.id_for, []).append((message, data))
         self.others: dict[int, int] = {}  # id -> our descriptor of an end that the tree has closed
         self.bound: set[int] = set()
+        self.staged: dict[int, StagedName] = {}
         self.connected: set[int] = set()
         self.unfinished = {usk.id for usk in self.by_inode.values()}.intersection(build.wanted)
 
@@ -347,27 +301,18 @@ class _Build:
         return sockopts.borrowed(self.build.fds[usk.id])
 
     def bind(self, usk: unix_sk_entry, keep: bool) -> None:
-        """Give a socket its name, once; without `keep` the node is removed at once."""
+        """Give a socket its name, once; without `keep` it has no node."""
         if usk.id in self.bound:
             return
         self.bound.add(usk.id)
-        with self.borrow(usk) as sock:
-            if usk.name_dir:
-                _in_directory(self.build.path(usk.name_dir), lambda: self._bind(usk, sock, keep))
-            else:
-                self._bind(usk, sock, keep)
-
-    def _bind(self, usk: unix_sk_entry, sock: socket.socket, keep: bool) -> None:
         name = _name(usk)
         try:
-            if _is_path(name):
-                _remove_stale(name)
-            sock.bind(name)
-            if _is_path(name) and not keep:
-                os.unlink(name)
-            elif _is_path(name) and usk.HasField("file_perms"):
-                os.chown(name, usk.file_perms.uid, usk.file_perms.gid)
-                os.chmod(name, stat.S_IMODE(usk.file_perms.mode))
+            with self.borrow(usk) as sock:
+                if _is_path(name):
+                    staged = self.staged[usk.id] = StagedName(self.build, name, usk.name_dir, keep=keep)
+                    staged.bind(sock.bind, usk.file_perms)
+                else:
+                    sock.bind(name)
         except OSError as error:
             taken = "another process of this host has this name"
             reason = taken if error.errno == errno.EADDRINUSE else os.strerror(error.errno or 0)
@@ -385,19 +330,18 @@ class _Build:
                 self.connect(other)
         with self.borrow(usk) as sock:
             sock.setblocking(False)
-            self._reach(peer, lambda: sock.connect(_name(peer)))
+            try:
+                sock.connect(self.address(peer))
+            except OSError as error:
+                reason = os.strerror(error.errno or 0)
+                name = show_name(_name(peer))
+                raise RestoreError(f"unix socket {name}: cannot be connected to: {reason}") from error
             sock.setblocking(True)
 
-    def _reach(self, usk: unix_sk_entry, call: Callable[[], object]) -> None:
-        """Make a call that uses the name of a socket."""
-        try:
-            if usk.name_dir:
-                _in_directory(self.build.path(usk.name_dir), call)
-            else:
-                call()
-        except OSError as error:
-            reason = os.strerror(error.errno or 0)
-            raise RestoreError(f"unix socket {show_name(_name(usk))}: cannot be connected to: {reason}") from error
+    def address(self, usk: unix_sk_entry) -> str | bytes:
+        """How a socket that has a name can be reached by now."""
+        staged = self.staged.get(usk.id)
+        return staged.address if staged else _name(usk)
 
     def fill(self, usk: unix_sk_entry) -> None:
         """Send what was queued for a socket."""
@@ -416,33 +360,27 @@ class _Build:
         for packet, data in packets:
             if source >= 0:
                 with sockopts.borrowed(source) as sock:
-                    _send(sock, data, packet)
+                    send(sock, data, *self.control(packet))
             elif peer is not None:
                 with self.borrow(peer) as sock:
-                    _send(sock, data, packet, _name(usk))
+                    send(sock, data, *self.control(packet), self.address(usk))
             else:
                 # A new sender each time: what it has sent is charged to its send buffer.
                 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-                    self._reach(usk, lambda sock=sock: sock.connect(_name(usk)))  # type: ignore[misc]
-                    _send(sock, data, packet)
+                    send(sock, data, *self.control(packet), self.address(usk))
 
-
-def _send(sock: socket.socket, data: bytes, packet: sk_packet_entry, name: bytes | None = None) -> None:
-    credentials = [entry.rights for entry in packet.scm if entry.type == SCM_CREDENTIALS]
-    if any(entry.type != SCM_CREDENTIALS for entry in packet.scm):
-        raise ImageError("sk-queues: descriptors in flight cannot be restored")
-    control = [(socket.SOL_SOCKET, SCM_CREDENTIALS, _UCRED.pack(*rights)) for rights in credentials]
-    # What fitted at the source must fit here. The real size is set afterwards.
-    sockopts.force_buffers(sock, _ALL_ROOM, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))
-    try:
-        sent = sock.sendmsg([data], control, socket.MSG_DONTWAIT, name)
-    except ProcessLookupError:
-        # The sender has ended: what is left of it is the message.
-        sent = sock.sendmsg([data], [], socket.MSG_DONTWAIT, name)
-    except BlockingIOError:
-        sent = -1
-    if sent != len(data):
-        raise RestoreError(f"unix socket: {len(data)} bytes do not fit into its queue")
+    def control(self, packet: sk_packet_entry) -> tuple[Sequence[int], list[int]]:
+        """The sender of a message and the descriptors that go with it."""
+        sender: Sequence[int] = ()
+        fds: list[int] = []
+        for entry in packet.scm:
+            if entry.type == SCM_CREDENTIALS:
+                sender = entry.rights
+            elif entry.type == socket.SCM_RIGHTS:
+                fds += [self.build.open(file_id) for file_id in entry.rights]
+            else:
+                raise ImageError(f"sk-queues: control message of type {entry.type} is unknown")
+        return sender, fds
 
 
 def _accepted(kind: int, name: bytes) -> tuple[int, int]:
@@ -458,40 +396,8 @@ def _accepted(kind: int, name: bytes) -> tuple[int, int]:
         client.connect(name)
         while True:
             end, _ = listener.accept()
-            peer, _, _ = _UCRED.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+            peer, _, _ = UCRED.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
             # Somebody else of this host may know the name too.
             if peer == os.getpid():
                 return end.detach(), client.detach()
             end.close()
-
-
-def _remove_stale(path: bytes) -> None:
-    """Remove a socket's node that no socket of our network namespace has.
-
-    A dead process has left it, or the source is bound to it through a file system that both hosts see. Whether
-    somebody listens must not be tried out by connecting: that would leave a connection in a frozen listener.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        node = os.lstat(path)
-        held = {found.vfs_inode for found in unix_sockets().values()}
-        if stat.S_ISSOCK(node.st_mode) and node.st_ino & 0xFFFFFFFF not in held:
-            os.unlink(path)
-
-
-def _in_directory(directory: str, call: Callable[[], object]) -> None:
-    """Make a call with another working directory, which no other thread sees."""
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            native.syscall("unshare", CLONE_FS)
-            os.chdir(directory)
-            call()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]

@@ -86,7 +86,7 @@ def skeleton(*pids: int) -> Iterator[SkeletonTree]:
         pstree_entry(pid=pid, ppid=0 if pid == pids[0] else pids[0], pgid=pids[0], sid=pids[0], threads=[pid])
         for pid in pids
     ]
-    tree = SkeletonTree(entries, dict.fromkeys(pids, mm), lambda file_id: "", stop_signal=STOP_SIGNALS[0])
+    tree = SkeletonTree(entries, dict.fromkeys(pids, mm), lambda file_id: "", sharing={}, stop_signal=STOP_SIGNALS[0])
     # Orphans become ours, and `abort` waits for all: the tests need no init that reaps.
     native.syscall("prctl", PR_SET_CHILD_SUBREAPER, 1)
     try:

@@ -29,7 +29,11 @@ from tests.engine.files.holding import Holder, Options
 pytestmark = pytest.mark.root
 
 ESTABLISHED = Options(tcp_established=True)
-FAMILIES = {"v4": (socket.AF_INET, "127.0.0.1"), "v6": (socket.AF_INET6, "::1"), "mapped": (socket.AF_INET6, "::ffff:127.0.0.1")}
+FAMILIES = {
+    "v4": (socket.AF_INET, "127.0.0.1"),
+    "v6": (socket.AF_INET6, "::1"),
+    "mapped": (socket.AF_INET6, "::ffff:127.0.0.1"),
+}
 BIG = 3 << 20
 
 
@@ -131,10 +135,11 @@ def talk(near: socket.socket, far: socket.socket) -> None:
 def test_an_idle_connection(family: str, move: Callable[[socket.socket], socket.socket]) -> None:
     near, far = connection(family)
     names = far.getsockname(), far.getpeername()
-    options = {option: far.getsockopt(socket.IPPROTO_TCP, option) for option in (socket.TCP_MAXSEG, socket.TCP_NODELAY)}
+    mss = far.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
     with near, move(far) as here:
         assert (here.getsockname(), here.getpeername()) == names
-        assert {option: here.getsockopt(socket.IPPROTO_TCP, option) for option in options} == options
+        # Over loopback it is more than the kernel lets anyone set.
+        assert mss - 100 < here.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) <= mss
         assert here.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR) == 0
         talk(near, here)
         near.close()
@@ -147,9 +152,9 @@ def test_full_queues_both_ways(family: str, move: Callable[[socket.socket], sock
     there, back = fill(near, 2), fill(far, 3)
     (unsent,) = struct.unpack("I", fcntl.ioctl(far, tcp.SIOCOUTQNSD, bytes(4)))
     assert unsent > 1 << 20
+    size = far.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     with near, move(far) as here:
-        sizes = here.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        assert sizes == 2 * BIG or sizes < 2 * BIG
+        assert here.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == size
         assert take(near, len(back)) == back
         assert take(here, len(there)) == there
         talk(near, here)
@@ -172,7 +177,9 @@ def test_it_moves_twice(holder: Holder, move: Callable[[socket.socket], socket.s
     "state",
     [tcp.TCP_FIN_WAIT1, tcp.TCP_FIN_WAIT2, tcp.TCP_CLOSE_WAIT, tcp.TCP_LAST_ACK, tcp.TCP_CLOSING],
 )
-def test_ends_that_are_shut(state: int, family: str, data: bytes, move: Callable[[socket.socket], socket.socket]) -> None:
+def test_ends_that_are_shut(
+    state: int, family: str, data: bytes, move: Callable[[socket.socket], socket.socket]
+) -> None:
     near, far = connection(family)
     connected = [Connection(*far.getsockname()[:2], *far.getpeername()[:2])]
     near.sendall(data)
@@ -284,7 +291,9 @@ def test_a_lock_that_outlives_us() -> None:
         code = f"from phaul.engine.netlock import *; import os; lock = NetworkLock({connections!r}); print(0, flush=True); "
         for more, count in (("input()", 0), ("lock.outlive(); input()", 1)):
             process = subprocess.Popen(
-                [os.sys.executable, "-c", code + f"{more}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE  # type: ignore[attr-defined]
+                [os.sys.executable, "-c", code + f"{more}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,  # type: ignore[attr-defined]
             )
             assert process.stdout is not None
             process.stdout.readline()
@@ -312,7 +321,8 @@ def test_refused_without_the_option_at_the_restore(holder: Holder) -> None:
 def test_a_failed_restore_says_nothing_to_the_peer(holder: Holder) -> None:
     near, far = connection()
     with near:
-        holder.give(far.detach())
+        fd = far.detach()
+        holder.give(fd)
         images, dump = holder.dump(ESTABLISHED)
         images.add("inventory", inventory_entry(img_version=2))
         holder.stop()
@@ -330,7 +340,7 @@ def test_a_failed_restore_says_nothing_to_the_peer(holder: Holder) -> None:
         holder.copies.append(build)
         fds.build(build)
         build.resume()
-        with socket.socket(fileno=os.dup(next(iter(build.fds.values())))) as here:
+        with socket.socket(fileno=os.dup(build.fds[build.tables["fdinfo-1"][fd]])) as here:
             talk(near, here)
 
 
@@ -352,11 +362,15 @@ def test_impossible_images_are_refused(holder: Holder) -> None:
         for message in images.messages("files", file_entry):
             if message.HasField("isk"):
                 message.isk.state = 3
-                with pytest.raises(ImageError, match="in state 3"):
-                    holder.build(images)
+                assert_refused(images, "in state 3")
                 message.isk.state = TCP_ESTABLISHED
                 message.isk.ino += 1
-                with pytest.raises(ImageError, match="0 connections"):
-                    holder.build(images)
-        for built in holder.copies:
-            built.abort()
+                assert_refused(images, "0 connections")
+
+
+def assert_refused(images: ImageSet, why: str) -> None:
+    build = FileBuild(images, options=Holder.allowed)
+    with pytest.raises(ImageError, match=why):
+        fds.build(build)
+    build.close()
+    build.abort()
