@@ -94,7 +94,7 @@ def _userns() -> None:
 
 
 def _seccomp_suspend() -> None:
-    native.ptrace(_PTRACE_SETOPTIONS, _stopped_child(), 0, native.O_SUSPEND_SECCOMP)
+    native.ptrace(_PTRACE_SETOPTIONS, _stopped_child(), 0, native.O_EXITKILL | native.O_SUSPEND_SECCOMP)
 
 
 def _install_filter() -> None:

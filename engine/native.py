@@ -84,11 +84,21 @@ class Buffer:
     size: int
     _keep: Any
 
+    def content(self) -> bytes:
+        """What the bytes are now."""
+        return bytes(ffi.buffer(self._keep))
+
 
 def buffer(content: bytes) -> Buffer:
     """A copy of `content` that system calls of this process can be pointed to."""
-    data = ffi.new("uint8_t[]", content)
+    data = ffi.new("uint8_t[]", len(content))
+    ffi.buffer(data)[:] = content
     return Buffer(int(ffi.cast("uintptr_t", data)), len(content), data)
+
+
+def address_of(memory: memoryview) -> int:
+    """Where writable memory of ours lies."""
+    return int(ffi.cast("uintptr_t", ffi.from_buffer(memory)))
 
 
 @dataclass(slots=True)

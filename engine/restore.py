@@ -23,7 +23,7 @@ from phaul.engine.memory import Bounds, ProcessPages, SharedObject
 from phaul.engine.needed import build_id, words
 from phaul.engine.skeleton import SkeletonProcess, SkeletonThread, SkeletonTree, local_vdso
 from phaul.engine.state import fds, fs, locks, mm, registers, registry, signals, task, zombie
-from phaul.engine.state.files import memfd
+from phaul.engine.state.files import memfd, tty
 from phaul.engine.state.files.base import BuildOptions, FileBuild
 from phaul.engine.vmas import KERNEL_OWNED, Status, lock_all, map_all
 from phaul.errors import ImageError, NotPermitted, PhaulError, RestoreError
@@ -157,7 +157,7 @@ class Restore:
     def _stage(self) -> None:
         mms = self._check_images()
         allowed = BuildOptions(self.options.tcp_established, self.options.network_lock)
-        self._files = FileBuild(self.images, options=allowed)
+        files = self._files = FileBuild(self.images, options=allowed)
         self._check_builds(self._files, mms)
         self._open_shared(self._files, mms)
         tree = self._tree = SkeletonTree(
@@ -167,11 +167,13 @@ class Restore:
             sharing=self._sharing(),
             stop_signal=stop_signal(signals.pending_anywhere(self.images)),
             keep_session=self.options.shell_job,
+            on_session=lambda leader: tty.open_session(leader, files),
         )
         tree.create(
             parent=self.options.parent,
             clocks=clocks.restore_offsets(self.root_pid, self.images),
         )
+        tty.set_foreground(tree.processes, files)
         for process in tree.processes:
             call = process.batch()
             map_all(call, process.mm.vmas, self._path_of_vma)

@@ -103,6 +103,7 @@ class SkeletonTree:
         sharing: flags of clone(2) by which a process shares descriptors or working directory with its parent, by PID.
         stop_signal: ends batches; must not be pending anywhere in the tree, or 0 (see `native.run`).
         keep_session: the root stays in the session and process group of our process.
+        on_session: called with the leader of every new session, before it has children there.
     """
 
     def __init__(
@@ -114,8 +115,10 @@ class SkeletonTree:
         sharing: dict[int, int],
         stop_signal: int,
         keep_session: bool = False,
+        on_session: Callable[[SkeletonProcess], None] = lambda leader: None,
     ) -> None:
         self.path_of_file, self.stop_signal, self._keep_session = path_of_file, stop_signal, keep_session
+        self._on_session = on_session
         self._sharing = sharing
         by_pid: dict[int, SkeletonProcess] = {}
         for entry in entries:
@@ -217,6 +220,7 @@ class SkeletonTree:
             self._fork(child, session)
         if own:
             process.batch().run_one("setsid")
+            self._on_session(process)
         for child in process.children:
             if child not in before:
                 self._fork(child, process.pid if own else session)

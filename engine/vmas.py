@@ -16,7 +16,7 @@ from phaul.errors import CannotMove
 from phaul.images.pb.vma_pb2 import vma_entry
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
-MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
+MAP_SHARED, MAP_PRIVATE, MAP_DROPPABLE, MAP_FIXED, MAP_ANONYMOUS = 0x01, 0x02, 0x08, 0x10, 0x20
 MAP_GROWSDOWN, MAP_LOCKED, MAP_NORESERVE, MAP_STACK = 0x100, 0x2000, 0x4000, 0x20000
 MAP_FIXED_NOREPLACE = 0x100000
 
@@ -117,7 +117,8 @@ def entry_of(mapping: Mapping, object_id: Callable[[Mapping, int], int]) -> vma_
         fdflags = os.O_RDWR if mapping.shared and "mw" in mapping.flags else os.O_RDONLY
         shmid = object_id(mapping, fdflags)
     else:
-        status, flags = Status.REGULAR | Status.ANON_PRIVATE, flags | MAP_ANONYMOUS
+        status = Status.REGULAR | Status.ANON_PRIVATE
+        flags = (MAP_DROPPABLE if "dp" in mapping.flags else flags) | MAP_ANONYMOUS
         if mapping.path == b"[heap]":
             status |= Status.HEAP
         elif mapping.path == b"[stack]":

@@ -67,9 +67,7 @@ _UNCLAIMED: Final = {
     "anon_inode:kvm": "virtual machine (KVM)",
     "anon_inode:[fscontext]": "mount context",
     "/memfd:secretmem": "secret memory",
-    "/dev/tty": "controlling terminal",
-    "/dev/pts/": "terminal",
-    "/dev/ptmx": "terminal (its master side)",
+    "/dev/tty": "terminal",
     "/dev/fuse": "FUSE connection",
     "/dev/net/tun": "network tunnel",
     "mnt:[": "mount namespace",
@@ -111,6 +109,8 @@ def _classify(file: OpenFile, files: OpenFiles, options: FileOptions) -> FileKin
     locks.check(file, options)
     for kind in kinds():
         if kind.claims(file):
+            if file.in_flight:
+                _check_in_flight(file, kind)
             kind.check(file, files, options)
             owner = file.owner()
             # A process group (2) is the tree's if it is named after one of its processes.
@@ -118,6 +118,14 @@ def _classify(file: OpenFile, files: OpenFiles, options: FileOptions) -> FileKin
                 raise file.refuse(f"{kind.name} that signals PID {owner.pid} outside the tree, cannot be moved")
             return kind
     raise file.refuse(f"{_describe(file)}, cannot be moved")
+
+
+def _check_in_flight(file: OpenFile, kind: FileKind) -> None:
+    """Refuse a file that only a queue holds (SCM_RIGHTS) if it needs a process to be restored in."""
+    if type(kind).attach is not FileKind.attach:
+        raise file.refuse(f"{kind.name} that is nowhere else, cannot be moved")
+    if file.users[0].locks:
+        raise file.refuse(f"{file.link} with a lock, that is nowhere else, cannot be moved")
 
 
 def preflight(pids: Sequence[int], options: FileOptions) -> None:
@@ -148,6 +156,10 @@ def _preflight(pids: Sequence[int], options: FileOptions) -> None:
                 _classify(file, files, options)
             except (DumpError, OSError):
                 continue  # closed meanwhile
+            except CannotMove:
+                # Queues are not looked into while the processes run: the other end may be in one.
+                if not any(other.has_descriptors for other in files.all):
+                    raise
             finally:
                 file.close()
     finally:
@@ -187,15 +199,15 @@ def collect(processes: Sequence[SourceProcess], images: ImageSet, options: FileO
 def _collect(files: OpenFiles, dump: FileDump) -> None:
     found = []
     for file in files.all:
-        found.append((file, _classify(file, files, dump.options)))
+        kind = _classify(file, files, dump.options)
+        found.append((file, kind))
+        dump.ids[file], dump.types[file] = dump.new_id(), kind.type
         file.close()
     for each in kinds():
         each.begin([file for file, kind in found if kind is each], dump)
     for file, kind in found:
         try:
-            file_id = dump.ids[file] = dump.new_id()
-            dump.types[file] = kind.type
-            dump.add(kind.dump(file, file_id, dump))
+            dump.add(kind.dump(file, dump.ids[file], dump))
         except OSError as error:
             raise DumpError(f"{file.resource} of PID {file.pid} ({kind.name}): {error}") from error
         finally:

@@ -44,12 +44,13 @@ PROCESS: Final[tuple[ModuleType, ...]] = (
     # timers: what they send must find its action.
     signals,
     timers,
+    # Before the credentials of any thread, which may forbid to install filters.
+    seccomp,
     # After all that they could forbid (descriptors, mappings, queued signals, timers), but with privileges.
     limits,
 )
 
 THREAD: Final[tuple[ModuleType, ...]] = (
-    seccomp,
     registers,
     thread_area,
     rseq,

@@ -1,7 +1,7 @@
 """Two hosts on one machine: sets of namespaces joined by a veth pair.
 
-A host has network, pid, mount, ipc and uts namespaces of its own, with its own /proc, /dev/shm
-and /run; the rest of the file system is the machine's, as if both hosts had it on a shared
+A host has network, pid, mount, ipc and uts namespaces of its own, with its own /proc, /dev/shm,
+/dev/pts and /run; the rest of the file system is the machine's, as if both hosts had it on a shared
 disk. Its init (`init.py`) starts processes on request and reaps every orphan.
 
 Nothing of a host is ever visible in the namespaces of the creator but its processes, and those
@@ -46,6 +46,7 @@ _INT = struct.calcsize("i")
 _PREPARE = """set -e
 mount -t tmpfs -o mode=1777 shm /dev/shm
 mount -t tmpfs -o mode=755 run /run
+mount -t devpts -o newinstance,mode=620,ptmxmode=666 devpts /dev/pts
 ip link set lo up
 exec "$@"
 """

@@ -27,7 +27,7 @@ UNKNOWN_KINDS = {
 # the content of a BPF map ("expected bytes-like object, not str").
 NOT_REWRITTEN = {"ipcns-shm-123", "bpfmap-data"}
 
-# Fields that are newer than crit 3.17.1, which drops them.
+# Fields that are newer than crit 3.17.1, or ours: it drops them.
 NEW_FIELDS = {
     "cg_controller_entry.is_threaded",
     "creds_entry.cap_amb",
@@ -46,6 +46,7 @@ NEW_FIELDS = {
     "task_core_entry.membarrier_registration_mask",
     "task_core_entry.stop_signo",
     "thread_core_entry.cg_set",
+    "thread_core_entry.cpu_affinity",
     "user_x86_xsave_entry.cet",
 }
 

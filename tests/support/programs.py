@@ -39,26 +39,33 @@ CASES: tuple[tuple[str, ...], ...] = (
     ("files",),
     ("file_locks",),
     ("files_deleted",),
+    ("inotify",),
     ("mem_kinds",),
     ("mem_shared",),
     ("mem_vmas",),
     ("pipes",),
     ("proc_attrs",),
     ("regs",),
+    ("seccomp",),
     ("shared_tables",),
     ("rseq_robust_tid",),
     ("signals",),
     ("sock_listen",),
+    ("sock_tcp",),
     ("sock_unix",),
     ("threads",),
     ("timers",),
     ("tree",),
     ("tree", "zombie"),
+    ("tty_pty",),
     ("vdso",),
 )
 """Every program that can be moved, as arguments for `Target.start`."""
 
-OPTIONS: dict[str, DumpOptions] = {"file_locks": DumpOptions(file_locks=True)}
+OPTIONS: dict[str, DumpOptions] = {
+    "file_locks": DumpOptions(file_locks=True),
+    "sock_tcp": DumpOptions(tcp_established=True),
+}
 """What has to be allowed before a program can be moved."""
 
 REFUSED: tuple[tuple[str, ...], ...] = (("refuse_iouring",), ("refuse_tcp_established",))

@@ -32,6 +32,7 @@ from phaul.errors import CannotMove, DumpError, ImageError, NoSuchProcess, Resto
 from phaul.images.imageset import ImageSet
 from phaul.images.pb.fdinfo_pb2 import fd_types, fdinfo_entry, file_entry
 from phaul.images.pb.fown_pb2 import fown_entry
+from phaul.images.pb.sk_packet_pb2 import sk_packet_entry
 
 if TYPE_CHECKING:
     from phaul.engine.batch import Batch
@@ -143,6 +144,11 @@ class OpenFile:
             if name == key:
                 yield value.strip()
 
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether descriptors wait in the queue of this socket (unix(7), SCM_RIGHTS)."""
+        return any(int(count) for count in self.lines("scm_fds"))
+
     def refuse(self, reason: str) -> CannotMove:
         """The error that names this file as the reason why the tree cannot be moved."""
         return CannotMove(self.pid, self.resource, reason)
@@ -206,30 +212,29 @@ def _read_table(pid: int) -> Iterator[tuple[User, OpenFile]]:
     except (FileNotFoundError, ProcessLookupError) as error:
         raise NoSuchProcess(f"PID {pid}: no such process") from error
     for number in numbers:
-        path = f"{directory}/{number}"
-        try:
-            link, status = os.readlink(path), os.stat(path)
-            with open(f"/proc/{pid}/fdinfo/{number}", "rb") as file:
-                pos, flags, mnt_id, *info = file.read().decode(errors="surrogateescape").splitlines()
-        except FileNotFoundError:
-            continue  # closed meanwhile: only while the process runs
-        all_flags = int(flags.split()[1], 8)
-        locks = tuple(line.partition(":")[2].strip() for line in info if line.startswith("lock:"))
-        user = User(pid, number, bool(all_flags & os.O_CLOEXEC), locks)
-        yield (
-            user,
-            OpenFile(
-                pid,
-                f"fd {number}",
-                path,
-                link,
-                status,
-                all_flags & ~os.O_CLOEXEC,
-                int(pos.split()[1]),
-                int(mnt_id.split()[1]),
-                tuple(line for line in info if not line.startswith("lock:")),
-            ),
-        )
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile: only while the process runs
+            yield _read_descriptor(pid, number)
+
+
+def _read_descriptor(pid: int, number: int) -> tuple[User, OpenFile]:
+    path = f"/proc/{pid}/fd/{number}"
+    link, status = os.readlink(path), os.stat(path)
+    with open(f"/proc/{pid}/fdinfo/{number}", "rb") as file:
+        pos, flags, mnt_id, *info = file.read().decode(errors="surrogateescape").splitlines()
+    all_flags = int(flags.split()[1], 8)
+    locks = tuple(line.partition(":")[2].strip() for line in info if line.startswith("lock:"))
+    found = OpenFile(
+        pid,
+        f"fd {number}",
+        path,
+        link,
+        status,
+        all_flags & ~os.O_CLOEXEC,
+        int(pos.split()[1]),
+        int(mnt_id.split()[1]),
+        tuple(line for line in info if not line.startswith("lock:")),
+    )
+    return User(pid, number, bool(all_flags & os.O_CLOEXEC), locks), found
 
 
 def same_order(a: User, b: User) -> int:
@@ -292,6 +297,7 @@ class OpenFiles:
         self.all: list[OpenFile] = []
         self.tables: dict[int, dict[int, OpenFile]] = {}
         self.by_inode: dict[tuple[int, int], list[OpenFile]] = {}
+        self._held: list[int] = []
         mates: dict[object, list[OpenFile]] = {}
         self.owners = _owners_of_tables(pids)
         for pid, owner in self.owners.items():
@@ -300,18 +306,44 @@ class OpenFiles:
                 continue
             table = self.tables[pid] = {}
             for user, found in _read_table(pid):
-                # kcmp only decides among files that look the same. What timerfds show changes with time.
-                info = () if found.link == "anon_inode:[timerfd]" else found.info
-                key = (found.link, found.stat.st_dev, found.stat.st_ino, found.flags, found.pos, found.mnt_id, info)
-                group = mates.setdefault(key, [])
-                known = _group(group, user)
-                if isinstance(known, int):
-                    group.insert(known, found)
-                    self.all.append(found)
-                    self.by_inode.setdefault((found.stat.st_dev, found.stat.st_ino), []).append(found)
-                    known = found
+                table[user.fd] = known = self._known(user, found, mates)
                 known.users.append(user)
-                table[user.fd] = known
+        for file in self.all:  # which grows
+            if file.has_descriptors and stopped:
+                self._look_into_queue(file, mates)
+
+    def _known(self, user: User, found: OpenFile, mates: dict[object, list[OpenFile]]) -> OpenFile:
+        """The description that a descriptor refers to: one that is known already, or `found`."""
+        # kcmp only decides among files that look the same. What timerfds show changes with time.
+        info = () if found.link == "anon_inode:[timerfd]" else found.info
+        key = (found.link, found.stat.st_dev, found.stat.st_ino, found.flags, found.pos, found.mnt_id, info)
+        group = mates.setdefault(key, [])
+        known = _group(group, user)
+        if isinstance(known, int):
+            group.insert(known, found)
+            self.all.append(found)
+            self.by_inode.setdefault((found.stat.st_dev, found.stat.st_ino), []).append(found)
+            known = found
+        return known
+
+    def _look_into_queue(self, file: OpenFile, mates: dict[object, list[OpenFile]]) -> None:
+        """Add what waits in a unix socket: peeking gives us descriptors of our own."""
+        from phaul.engine.state.files.unix_queue import peek_queue
+
+        if file.stat.st_ino not in self.unix:
+            return  # of another network namespace: refused as such
+        for packet in peek_queue(file.socket, self.unix[file.stat.st_ino].rqueue):
+            for fd in packet.fds:
+                user, found = _read_descriptor(os.getpid(), fd)
+                known = self._known(user, found, mates)
+                if known is found:
+                    found.pid, found.resource, found.in_flight = file.pid, f"{file.resource}, in its queue", True
+                    found.users.append(user)
+                    self._held.append(fd)
+                else:
+                    os.close(fd)
+                file.sent.append(known)
+        file.close()
 
     def of_inode(self, file: OpenFile) -> list[OpenFile]:
         """All descriptions of the same inode, `file` included."""
@@ -330,9 +362,11 @@ class OpenFiles:
         return unix_sockets()
 
     def close(self) -> None:
-        """Drop all descriptors that `OpenFile.dup` has made."""
+        """Drop all descriptors that `OpenFile.dup` has made, and those of files in flight."""
         for file in self.all:
             file.close()
+        while self._held:
+            os.close(self._held.pop())
 
 
 class FileDump:
@@ -372,6 +406,15 @@ class FileDump:
         return True
 
 
+def _in_flight(images: ImageSet) -> Iterator[int]:
+    """Ids of the files in the queues of sockets."""
+    for message, _ in images.records("sk-queues"):
+        if isinstance(message, sk_packet_entry):
+            for control in message.scm:
+                if control.type == socket.SCM_RIGHTS:
+                    yield from control.rights
+
+
 class FileBuild:
     """One restore of files: all open descriptions of a tree, made in our process.
 
@@ -379,7 +422,7 @@ class FileBuild:
         entries: file_entry by id.
         fds: id -> descriptor in our process (close-on-exec), kept until `close`.
         tables: name of an fdinfo image -> descriptor number -> id of the file.
-        wanted: ids of all files that are in a table, ascending.
+        wanted: ids of all files that are in a table or in the queue of a socket, ascending.
         shared: what kinds keep for the time of a restore, by a key of their own.
         cleanup: runs at `close`; for descriptors that are needed only while building.
         at_end: runs when `close` has closed everything else.
@@ -397,7 +440,8 @@ class FileBuild:
                 table = self.tables[name] = {descriptor.fd: descriptor.id for descriptor in descriptors}
                 if len(table) != len(descriptors):
                     raise ImageError(f"{name}: a descriptor comes twice")
-        self.wanted = sorted({file_id for table in self.tables.values() for file_id in table.values()})
+        in_tables = {file_id for table in self.tables.values() for file_id in table.values()}
+        self.wanted = sorted(in_tables.union(_in_flight(images)))
         self.shared: dict[object, Any] = {}
         self.cleanup = contextlib.ExitStack()
         self.at_end = contextlib.ExitStack()

@@ -33,8 +33,8 @@ _MAX_WATCH: Final = 1 << 22
 """The highest number of a watch: the restore has to count up to it."""
 
 _LINE: Final = re.compile(
-    r"inotify wd:(?P<wd>\w+) ino:(?P<inode>\w+) sdev:(?P<device>\w+) mask:(?P<mask>\w+) ignored_mask:(?P<ignored>\w+)"
-    r"(?: fhandle-bytes:\w+ fhandle-type:(?P<type>\w+) f_handle:(?P<handle>\w+))?\s*"
+    r"inotify wd:(\w+) ino:(\w+) sdev:(\w+) mask:(\w+) ignored_mask:(\w+)"
+    r"(?: fhandle-bytes:\w+ fhandle-type:(\w+) f_handle:(?P<handle>\w+))?\s*"
 )
 
 
@@ -63,8 +63,8 @@ def _watches(file: OpenFile) -> list[_Watch]:
             match = _LINE.fullmatch(line)
             if not match:
                 raise DumpError(f"{file.resource} of PID {file.pid}: {line!r} cannot be understood")
-            numbers = [int(match[name] or "0", 16) for name in ("wd", "inode", "device", "mask", "ignored", "type")]
-            found.append(_Watch(*numbers, handle=bytes.fromhex(match["handle"] or "")))
+            wd, inode, device, mask, ignored, kind = (int(text or "0", 16) for text in match.groups()[:6])
+            found.append(_Watch(wd, inode, device, mask, ignored, kind, bytes.fromhex(match["handle"] or "")))
     return sorted(found, key=lambda watch: watch.number)
 
 
@@ -190,9 +190,7 @@ class Inotifies(FileKind):
                     number = dump.new_id()
                     dump.add(make_entry(found, number, no_owner(), dump))
                     path = ghost.stand_in(found, dump)
-            handle = fh_entry(
-                bytes=len(watch.handle), type=watch.handle_type, handle=_words(watch.handle), path=path
-            )
+            handle = fh_entry(bytes=len(watch.handle), type=watch.handle_type, handle=_words(watch.handle), path=path)
             entry.wd.append(
                 inotify_wd_entry(
                     id=file_id, i_ino=watch.inode, mask=watch.mask, ignored_mask=watch.ignored,
@@ -206,15 +204,13 @@ class Inotifies(FileKind):
 
     def finish(self, entry: file_entry, fd: int, build: FileBuild) -> None:
         watches = sorted(entry.ify.wd, key=lambda watch: watch.wd)
-        with contextlib.ExitStack() as stack:
-            targets = [_target(watch, build, stack) for watch in watches]
-            keep = stack.pop_all()
+        targets = [_target(watch, build) for watch in watches]
 
         def watch_all() -> None:
-            with keep:
-                for watch, target in zip(watches, targets, strict=True):
-                    _add(fd, watch, target)
-            # What the restore itself does with watched files is none of the program's business.
+            for watch, target in zip(watches, targets, strict=True):
+                _add(fd, watch, target)
+            # What the restore itself does with watched files, from now on too, is none of the program's business.
+            _drain(fd)
             again = os.dup(fd)
             build.at_end.callback(os.close, again)
             build.at_end.callback(_drain, again)
@@ -222,8 +218,8 @@ class Inotifies(FileKind):
         build.later(watch_all)
 
 
-def _target(watch: inotify_wd_entry, build: FileBuild, stack: contextlib.ExitStack) -> str:
-    """A path to what is to be watched; valid until `stack` is closed."""
+def _target(watch: inotify_wd_entry, build: FileBuild) -> str:
+    """A path to what is to be watched; valid until the build is closed."""
     lost = ghost.find(watch.s_dev, watch.i_ino, watch.f_handle.path, build)
     if lost is not None and (place := ghost.place(lost, build)):
         return place
@@ -238,8 +234,7 @@ def _target(watch: inotify_wd_entry, build: FileBuild, stack: contextlib.ExitSta
         fd = _open_handle(watch.s_dev, watch.f_handle.type, handle[: watch.f_handle.bytes])
         if fd is None:
             raise RestoreError(f"inode {watch.i_ino}, which the source watches, is not here")
-    stack.callback(os.close, fd)
-    return f"/proc/self/fd/{fd}"
+    return f"/proc/self/fd/{build.keep_until_close(fd)}"
 
 
 def _add(fd: int, watch: inotify_wd_entry, target: str) -> None:

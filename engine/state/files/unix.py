@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from phaul.engine.sockdiag import TCP_CLOSE, TCP_ESTABLISHED, TCP_LISTEN, UnixSocket, unix_sockets
+from phaul.engine.sockdiag import TCP_CLOSE, TCP_ESTABLISHED, TCP_LISTEN, UnixSocket
 from phaul.engine.state.files import sockopts
 from phaul.engine.state.files.base import (
     FileBuild,
@@ -192,7 +192,7 @@ class UnixSockets(FileKind):
             if queued.fds:
                 for fd in queued.fds:
                     os.close(fd)
-                rights = [dump.id_of(next(sent)) for _ in queued.fds]
+                rights = [dump.ids[next(sent)] for _ in queued.fds]
                 packet.scm.append(scm_entry(type=socket.SCM_RIGHTS, rights=rights))
             dump.images.add("sk-queues", packet, queued.data)
 
@@ -273,10 +273,14 @@ class _Build:
             return
         opened = [usk for usk in self.by_inode.values() if usk.id in self.build.fds]
         # Names of which no node is left come first: they borrow the path for a moment.
+        # A connection has the name of its listener; if that is gone, the first one gets the node.
         listening = {usk.name for usk in opened if usk.state == TCP_LISTEN}
+        taken: set[tuple[bytes, str]] = set()
         for usk in opened:
-            if _is_path(usk.name) and (usk.deleted or (usk.name in listening and usk.state != TCP_LISTEN)):
-                self.bind(usk, keep=False)
+            if _is_path(usk.name) and usk.state != TCP_LISTEN:
+                if usk.deleted or usk.name in listening or (usk.name, usk.name_dir) in taken:
+                    self.bind(usk, keep=False)
+                taken.add((usk.name, usk.name_dir))
         for usk in opened:
             if usk.name:
                 self.bind(usk, keep=True)

@@ -1,4 +1,4 @@
-"""Names of unix sockets in the file system: bound at their place, seen there only when the tree runs. Not a kind of file.
+"""Names of unix sockets in the file system, which appear when the tree runs. Not a kind of file.
 
 bind(2) keeps the name as it was given, and fails where something is. But the node of the source's socket may be there
 (a file system that both hosts see), and has to stay until the source is gone. So a socket is bound in a root

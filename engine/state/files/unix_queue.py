@@ -124,8 +124,7 @@ def _last_start(sock: socket.socket, offset: int, size: int) -> int:
     page = mmap.PAGESIZE
     room = (size + page - 1) // page * page
     with mmap.mmap(-1, room + page) as area, memoryview(area) as view:
-        end = int(native.ffi.cast("uintptr_t", native.ffi.from_buffer(area))) + room
-        native.syscall("mprotect", end, page, 0)  # PROT_NONE
+        native.syscall("mprotect", native.address_of(view) + room, page, 0)  # PROT_NONE
         sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)
         with view[room - size + 1 :] as target:
             try:
@@ -152,7 +151,7 @@ def send(
     Raises:
         RestoreError: there is no room for it.
     """
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
     control = [*rights, *([(socket.SOL_SOCKET, SCM_CREDENTIALS, UCRED.pack(*sender))] if sender else [])]
     # What fitted at the source must fit here. The real size is set afterwards.
     sockopts.force_buffers(sock, _ALL_ROOM, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))

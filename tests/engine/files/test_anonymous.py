@@ -177,7 +177,7 @@ def inotify() -> int:
         (inotify, "inotify, cannot be moved"),
         (lambda: native.syscall("userfaultfd", 0), "userfaultfd, cannot be moved"),
         (lambda: os.pidfd_open(os.getpid()), "pidfd, cannot be moved"),
-        (lambda: os.openpty()[1], "terminal /dev/pts/[0-9]+, cannot be moved"),
+        (lambda: os.openpty()[1], "terminal /dev/pts/[0-9]+ whose master is outside the tree, cannot be moved"),
         (lambda: os.open("/proc/self/ns/net", os.O_RDONLY), "network namespace, cannot be moved"),
         (lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).detach(), "netlink socket, cannot be moved"),
         (lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1).detach(), "raw IP socket, cannot be moved"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from phaul.engine.sockdiag import unix_sockets
-from phaul.engine.state.files.unix import peek_queue
+from phaul.engine.state.files.unix_queue import peek_queue
 from phaul.errors import CannotMove, RestoreError
 from tests.engine.files.holding import Copy, Holder
 
@@ -407,5 +407,5 @@ def test_peeking_leaves_an_offset_as_it_was() -> None:
     with one, two:
         one.send(b"0123456789")
         two.setsockopt(socket.SOL_SOCKET, 42, 4)
-        assert [data for data, _ in peek_queue(two, 10)] == [b"0123456789"]
+        assert [packet.data for packet in peek_queue(two, 10)] == [b"0123456789"]
         assert two.getsockopt(socket.SOL_SOCKET, 42) == 4
