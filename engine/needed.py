@@ -95,9 +95,15 @@ def needed_by(pid: int, maps: Iterable[Mapping]) -> list[NeededFile]:
             link = proc.link(name)
         except NoSuchProcess:
             continue  # closed meanwhile
-        if link.startswith(b"/") and os.path.exists(link):
+        if link.startswith(b"/") and os.path.exists(link) and not _is_pseudo_terminal(link):
             found.setdefault(link, NeededFile(link))
     return list(found.values())
+
+
+def _is_pseudo_terminal(path: bytes) -> bool:
+    """Whether a node appears by itself when the terminal is made (UNIX98_PTY_SLAVE_MAJOR)."""
+    status = os.stat(path)
+    return stat.S_ISCHR(status.st_mode) and os.major(status.st_rdev) == 136
 
 
 def check_files(files: Iterable[NeededFile]) -> list[str]:

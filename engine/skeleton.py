@@ -313,12 +313,14 @@ class SkeletonTree:
             native.set_registers(thread.tid, registers[thread.tid])
 
     def detach(self) -> None:
-        """Let everything run; leaders last."""
+        """Let everything run; leaders last. The tree is not ours any more: `abort` will not touch it."""
         for process in self.processes:
             for thread in reversed(process.threads):
                 # A thread that runs already may end the whole process.
                 with contextlib.suppress(ProcessLookupError):
                     native.ptrace(native.PTRACE_DETACH, thread.tid)
+        for process in (*self.processes, *self.zombies):
+            process.threads.clear()
         self.close()
 
     def abort(self) -> None:

@@ -56,12 +56,16 @@ class MigrateOptions:
         shell_job: the tree belongs to a terminal session that stays here.
         tcp_established: move TCP connections, too; their addresses must be there.
         tcp_close: restore established TCP connections as closed ones.
+        file_locks, link_remap, ghost_limit: as in `DumpOptions`.
         connect_timeout: seconds for reaching the destination.
     """
 
     shell_job: bool = False
     tcp_established: bool = False
     tcp_close: bool = False
+    file_locks: bool = False
+    link_remap: bool = False
+    ghost_limit: int = DumpOptions.ghost_limit
     connect_timeout: float = 10.0
 
 
@@ -190,6 +194,9 @@ class Source:
             shell_job=self._options.shell_job,
             tcp_established=self._options.tcp_established,
             tcp_close=self._options.tcp_close,
+            file_locks=self._options.file_locks,
+            link_remap=self._options.link_remap,
+            ghost_limit=self._options.ghost_limit,
         )
         with self._timeline.span("preflight"):
             found = await self._engine.run(preflight, self._pid, options)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from phaul.engine.source import SourceProcess
 
 FD_CLOEXEC: Final = 1
+F_GETFD: Final = 1
 F_SETFD: Final = 2
 SCM_MAX_FD: Final = 253  # include/net/scm.h
 _ATTEMPTS: Final = 3
@@ -187,6 +188,7 @@ def collect(processes: Sequence[SourceProcess], images: ImageSet, options: FileO
         files.close()
     cloexec = {(user.pid, user.fd) for file in files.all for user in file.users if user.cloexec}
     for process in processes:
+        cloexec -= _not_cloexec(process, files)
         if files.owners[process.pid] != process.pid:
             continue
         for number, file in files.tables[process.pid].items():
@@ -194,6 +196,22 @@ def collect(processes: Sequence[SourceProcess], images: ImageSet, options: FileO
             entry = fdinfo_entry(id=dump.ids[file], flags=flags, type=dump.types[file], fd=number)
             images.add(f"fdinfo-{process.ids.files_id}", entry)
     return dump
+
+
+def _not_cloexec(process: SourceProcess, files: OpenFiles) -> set[tuple[int, int]]:
+    """Descriptors that only seem to be close-on-exec: a terminal opened by TIOCGPTPEER keeps the flag that it got."""
+    seeming = [
+        user.fd
+        for file in files.tables[process.pid].values()
+        for user in file.users
+        if user.pid == process.pid and user.cloexec and file.link.startswith("/dev/pts/")
+    ]
+    if not seeming:
+        return set()
+    call = process.threads[0].batch()
+    found = {fd: call.fcntl(fd, F_GETFD) for fd in seeming}
+    call.run()
+    return {(process.pid, fd) for fd, flags in found.items() if not flags.value & FD_CLOEXEC}
 
 
 def _collect(files: OpenFiles, dump: FileDump) -> None:

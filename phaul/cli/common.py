@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 
-from phaul.cli.criu_syntax import level
+from phaul.cli.criu_syntax import level, size
 from phaul.errors import NotPermitted, UsageError
 
 # CRIU: 0 only messages, 1 errors, 2 warnings, 3 information, 4 debugging.
@@ -47,6 +47,23 @@ def add_tree_options(parser: argparse.ArgumentParser) -> None:
         "--tcp-close",
         action="store_true",
         help="established TCP connections come back closed",
+    )
+    parser.add_argument(
+        "--file-locks",
+        action="store_true",
+        help="locks and leases on files are moved, too",
+    )
+    parser.add_argument(
+        "--link-remap",
+        action="store_true",
+        help="deleted files that have other hard links get one more for the journey",
+    )
+    parser.add_argument(
+        "--ghost-limit",
+        metavar="SIZE",
+        type=size,
+        default=1 << 20,
+        help="largest deleted file that is taken along, on disk (default 1M)",
     )
 
 

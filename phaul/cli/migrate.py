@@ -50,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
         shell_job=args.shell_job,
         tcp_established=args.tcp_established,
         tcp_close=args.tcp_close,
+        file_locks=args.file_locks,
+        link_remap=args.link_remap,
+        ghost_limit=args.ghost_limit,
         connect_timeout=args.connect_timeout,
     )
     endpoint = parse(args.destination)

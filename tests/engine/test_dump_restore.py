@@ -52,6 +52,7 @@ def dump_tree(pid: int, directory: Path, options: DumpOptions | None = None, *, 
 def restore_tree(directory: Path) -> int:
     restore = restore_from_directory(directory, RestoreOptions(parent=Parent.CALLER, tcp_established=True))
     restore.resume()
+    restore.abort()  # comes too late for anything
     return restore.root_pid
 
 

@@ -103,6 +103,8 @@ int main(int argc, char **argv)
 
 	plain.slave = open_slave(plain, O_RDWR);
 	int reader = open_slave(plain, O_RDONLY | O_NONBLOCK);
+	int closing = open_slave(plain, O_RDWR | O_CLOEXEC), staying = open_slave(plain, O_RDWR | O_CLOEXEC);
+	MUST(fcntl(staying, F_SETFD, 0));
 	MUST(tcgetattr(plain.slave, &set));
 	set.c_lflag &= ~(tcflag_t)ECHO;
 	set.c_cc[VINTR] = 7;
@@ -134,6 +136,8 @@ int main(int argc, char **argv)
 	must_pass("second description", plain.master, reader);
 	REFUSED(read(reader, seen, 1), EAGAIN);
 	REFUSED(write(reader, seen, 1), EBADF);
+	SAME("close-on-exec", fcntl(closing, F_GETFD), FD_CLOEXEC);
+	SAME("close-on-exec that is not", fcntl(staying, F_GETFD), 0);
 	MUST(tcgetattr(plain.slave, &now));
 	same_bytes("termios", &now, &set, offsetof(struct termios, c_cc) + sizeof(set.c_cc));
 	MUST(ioctl(plain.slave, TIOCGLCKTRMIOS, &locked_now));

@@ -52,6 +52,7 @@ CASES: tuple[tuple[str, ...], ...] = (
     ("signals",),
     ("sock_listen",),
     ("sock_tcp",),
+    ("sock_scm",),
     ("sock_unix",),
     ("threads",),
     ("timers",),

@@ -6,14 +6,16 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from phaul.demo.hosts import TwoHosts
+from phaul.engine.dump import DumpOptions
 from phaul.errors import CannotMove, RestoreError
 from tests.cli.run import PHAUL, ROOT, Done, assert_error
-from tests.support.programs import CASES, REFUSED, RESTLESS, Target
+from tests.support.programs import CASES, OPTIONS, REFUSED, RESTLESS, Target
 from tests.support.visible import difference, visible_tree
 
 pytestmark = pytest.mark.root
@@ -37,9 +39,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
         yield pair
 
 
-def migrate(pair: TwoHosts, pid: int) -> Done:
+def migrate(pair: TwoHosts, target: Target) -> Done:
     address = f"tcp://{pair.destination.address}:{PORT}"
-    return pair.source.run([*PHAUL, "migrate", str(pid), address, "--json"], cwd=ROOT)
+    wanted = OPTIONS.get(target.program, DumpOptions())
+    flags = [
+        f"--{field.name.replace('_', '-')}" for field in fields(wanted) if getattr(wanted, field.name) != field.default
+    ]
+    return pair.source.run([*PHAUL, "migrate", str(target.pid), address, "--json", *flags], cwd=ROOT)
 
 
 def settled(pair: TwoHosts, of: Target) -> list[int]:
@@ -59,7 +65,7 @@ def test_it_moves(case: tuple[str, ...], pair: TwoHosts) -> None:
     with Target.start(*case, host=pair.source) as target:
         time.sleep(WORK)
         before = visible_tree(target.outer_pid)
-        done = migrate(pair, target.pid)
+        done = migrate(pair, target)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["pids"][0] == target.pid
         target.moved(pair.destination)
@@ -73,7 +79,7 @@ def test_it_moves(case: tuple[str, ...], pair: TwoHosts) -> None:
 def test_it_is_refused_and_unharmed(case: tuple[str, ...], pair: TwoHosts) -> None:
     with Target.start(*case, host=pair.source) as target:
         before = visible_tree(target.outer_pid)
-        done = migrate(pair, target.pid)
+        done = migrate(pair, target)
         assert_error(done, CannotMove, "fd ")
         assert settled(pair, target) == []
         assert difference(before, visible_tree(target.outer_pid), RESTLESS.get(case[0], ())) == []
@@ -102,14 +108,14 @@ def test_a_restore_that_fails_after_the_freeze_harms_nothing(pair: TwoHosts, tmp
             time.sleep(0.01)
         before = visible_tree(target.outer_pid)
         for _ in range(3):
-            done = migrate(pair, target.pid)
+            done = migrate(pair, target)
             assert_error(done, RestoreError, "another process of this host has this port")
             assert settled(pair, target) == []
             assert target.pid not in pair.destination.pids()
         assert difference(before, visible_tree(target.outer_pid)) == []
         other.kill()
         other.wait(10)
-        done = migrate(pair, target.pid)
+        done = migrate(pair, target)
         assert done.returncode == 0, done.stderr
         target.moved(pair.destination)
         target.finish()

@@ -337,7 +337,8 @@ class OpenFiles:
                 user, found = _read_descriptor(os.getpid(), fd)
                 known = self._known(user, found, mates)
                 if known is found:
-                    found.pid, found.resource, found.in_flight = file.pid, f"{file.resource}, in its queue", True
+                    found.pid, found.resource = file.pid, f"descriptor in the queue of {file.resource}"
+                    found.in_flight = True
                     found.users.append(user)
                     self._held.append(fd)
                 else:

@@ -22,7 +22,8 @@ from phaul.images.pb.regfile_pb2 import reg_file_entry
 DEVICES: Final = frozenset(os.makedev(1, minor) for minor in (3, 5, 7, 8, 9))
 
 # Flags that only matter to the first open(2): an image that has them would create or cut files.
-_NOT_AGAIN: Final = os.O_CREAT | os.O_EXCL | os.O_TRUNC | (os.O_TMPFILE & ~os.O_DIRECTORY)
+_NO_NAME: Final = os.O_TMPFILE & ~os.O_DIRECTORY
+_NOT_AGAIN: Final = os.O_CREAT | os.O_EXCL | os.O_TRUNC | _NO_NAME
 
 
 def check_path(file: OpenFile, options: FileOptions | None = None) -> None:
@@ -128,7 +129,9 @@ class RegularFiles(FileKind):
         reg = entry.reg
         if not reg.name.startswith("/"):
             raise ImageError(f"files: {reg.name!r} is not an absolute path")
-        path, flags = locate(reg, build), reg.flags & ~_NOT_AGAIN | os.O_CLOEXEC
+        path, flags = locate(reg, build), reg.flags | os.O_CLOEXEC
+        # Among the flags of O_TMPFILE is O_DIRECTORY, which then says nothing about the file.
+        flags &= ~(os.O_TMPFILE | _NOT_AGAIN) if flags & _NO_NAME else ~_NOT_AGAIN
         if reg.id in ghost.remapped(build):
             # The path is a link of /proc. What a deleted symbolic link was opened with, it is open with.
             if stat.S_ISLNK(reg.mode):

@@ -193,7 +193,9 @@ class Terminals(FileKind):
             index = os.minor(device)
             master = None if _is_hung_up(file) else _masters(dump.files.all)[index]
             info = self._pseudo(file, index, master, dump)
-        entry = tty_file_entry(id=file_id, tty_info_id=info, flags=file.flags, fown=file.owner(), regf_id=dump.new_id())
+        # The description has a flag of its own if TIOCGPTPEER opened it so.
+        flags = file.flags | fcntl.fcntl(file.dup(), fcntl.F_GETFL) & os.O_CLOEXEC
+        entry = tty_file_entry(id=file_id, tty_info_id=info, flags=flags, fown=file.owner(), regf_id=dump.new_id())
         node = reg_file_entry(
             id=entry.regf_id, flags=file.flags, pos=0, fown=no_owner(), name=file.link, mode=file.stat.st_mode
         )
@@ -218,9 +220,8 @@ class Terminals(FileKind):
 
     def create(self, entry: file_entry, build: FileBuild) -> int:
         info = _info(entry, build)
-        flags = entry.tty.flags | os.O_NOCTTY | os.O_CLOEXEC
         if not info.HasField("termios"):
-            return _open_hung_up(flags)
+            return _open_hung_up(entry.tty.flags)
         if info.type == CTTY:
             raise ImageError(f"files: /dev/tty (file {entry.id}) of session {info.sid}, which has no terminal")
         if info.type != PTY:
@@ -228,8 +229,7 @@ class Terminals(FileKind):
         if info.rdev == _PTMX:
             return _make_master(entry, info, build)
         master = build.open(_master_of(build, info.pty.index))
-        fd = fcntl.ioctl(master, TIOCGPTPEER, flags)
-        build.adopt(entry.id, fd)
+        fd = build.adopt(entry.id, _open_slave(master, entry.tty.flags))
         os.fchown(fd, info.uid, info.gid)
         node = build.entries.get(entry.tty.regf_id)
         if node is not None and node.reg.HasField("mode"):
@@ -272,12 +272,19 @@ def _master_of(build: FileBuild, index: int) -> int:
     raise ImageError(f"files: the master of terminal /dev/pts/{index} is missing")
 
 
+def _open_slave(master: int, flags: int) -> int:
+    # O_CLOEXEC among the flags would show in the description for ever; some have it so.
+    fd: int = fcntl.ioctl(master, TIOCGPTPEER, flags | os.O_NOCTTY)
+    os.set_inheritable(fd, False)
+    return fd
+
+
 def _open_hung_up(flags: int) -> int:
     """A slave whose master is closed; its number does not matter any more."""
     master = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     try:
         _set_by_pointer(master, TIOCSPTLCK, 0)
-        return fcntl.ioctl(master, TIOCGPTPEER, flags)
+        return _open_slave(master, flags)
     finally:
         os.close(master)
 

@@ -138,6 +138,15 @@ def test_a_name_that_is_taken_again(holder: Holder, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["name"]
 
 
+def test_a_file_that_never_had_a_name(holder: Holder, tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_TMPFILE | os.O_RDWR)
+    os.write(fd, b"content")
+    holder.give(fd)
+    copy = holder.copy()
+    assert os.pread(copy[fd], 10, 0) == b"content"
+    assert os.listdir(tmp_path) == []
+
+
 def test_directories_and_symbolic_links(holder: Holder, tmp_path: Path) -> None:
     (tmp_path / "above" / "below").mkdir(parents=True, mode=0o711)
     (tmp_path / "link").symlink_to("target")

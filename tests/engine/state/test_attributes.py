@@ -351,8 +351,8 @@ def test_preflight_takes_an_ordinary_process(lab: Lab) -> None:
     registry.preflight(lab.start(END).pid)
 
 
-def test_preflight_of_a_process_that_has_gone(sleeper: subprocess.Popen[bytes]) -> None:
-    sleeper.kill()
-    sleeper.wait()
+def test_preflight_of_a_process_that_has_gone() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
     with pytest.raises(NoSuchProcess):
-        registry.preflight(sleeper.pid)
+        registry.preflight(process.pid)
