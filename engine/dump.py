@@ -13,6 +13,7 @@ into the caller's buffer.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from phaul.engine.state.files import memfd, regular
 from phaul.engine.state.files.base import Custody, FileDump
 from phaul.engine.state.files.ghost import GHOST_LIMIT
 from phaul.engine.vmas import Status, check, entry_of, is_anonymous_shared, is_memfd
-from phaul.errors import DumpError, PhaulError
+from phaul.errors import DumpError, NoSuchProcess, PhaulError
 from phaul.images.imageset import ImageSet
 from phaul.images.pagemap import PageEntry, PageRange, build_pagemap
 from phaul.images.pb.core_pb2 import core_entry, task_kobj_ids_entry
@@ -38,6 +39,9 @@ from phaul.images.pb.inventory_pb2 import NO_LSM, inventory_entry
 from phaul.images.pb.mm_pb2 import mm_entry
 from phaul.images.pb.remap_file_path_pb2 import remap_file_path_entry
 
+log = logging.getLogger(__name__)
+
+PREFLIGHT_ATTEMPTS = 5
 IMAGE_VERSION = 2  # records behind a common magic
 
 
@@ -54,6 +58,7 @@ class DumpOptions:
         link_remap: deleted files that have other hard links get one more, until the restore.
         ghost_limit: bytes on disk of the largest deleted file that is taken along.
         file_locks: take locks and leases on files along.
+        ext_unix_sk: datagram sockets may be connected to a name outside the tree, and are again at the restore.
     """
 
     shell_job: bool = False
@@ -64,6 +69,7 @@ class DumpOptions:
     link_remap: bool = False
     ghost_limit: int = GHOST_LIMIT
     file_locks: bool = False
+    ext_unix_sk: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,10 +89,23 @@ class Preflight:
 def preflight(pid: int, options: DumpOptions) -> Preflight:
     """Look for what cannot be moved, without stopping anything.
 
+    A tree that forks and exits all the time may escape the look; `Dump.collect` looks again, at a stopped one.
+
     Raises:
         CannotMove, NoSuchProcess, NotPermitted: the first reason found.
     """
+    for _ in range(PREFLIGHT_ATTEMPTS):
+        check_process(pid)
+        try:
+            return _preflight(pid, options)
+        except NoSuchProcess:
+            continue
     check_process(pid)
+    log.info("PID %d: its tree changes too fast to be looked at while it runs", pid)
+    return Preflight(tree_pids(pid), [], needed_by(pid, Proc(pid).maps()), 0)
+
+
+def _preflight(pid: int, options: DumpOptions) -> Preflight:
     pids = tree_pids(pid)
     pstree.check(pids, options.shell_job)
     pids = [member for member in pids if not zombie.is_zombie(member)]
@@ -275,6 +294,8 @@ class Dump:
 
     def kill(self) -> None:
         """End the tree: it lives elsewhere now, or in its images. Waits until it is gone."""
+        for each in self._custody:
+            each.hold()
         self.tree.kill()
         for each in self._custody:
             each.kill()

@@ -4,7 +4,8 @@ A connection whose process is stopped, or between two hosts, must not be answere
 or too little of it. A lock is one table of its own with two sets of addresses, which are dropped in and out.
 
 Such a table belongs to its maker (`flags owner`, Linux 5.12): it disappears with us, by whatever death, and the
-connections go on. `outlive` adds one that stays, for a tree that stays stopped without us.
+connections go on. For a tree that stays stopped without us, or lives in its images only, there is one more table, whose
+sets hold what must not be answered until the tree runs again: a packet that finds no socket is answered by a reset.
 
 libnftables is used in our process: the table lives as long as the netlink socket that it was made through, which a
 run of nft(8) would close at its end.
@@ -15,11 +16,12 @@ from __future__ import annotations
 import ctypes
 import ipaddress
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
+HELD: Final = "phaul-held"
 LIBRARY: Final = "libnftables.so.1"
 # Packets with this mark pass: segments that a restore makes up (phaul.engine.state.files.tcp).
 PASS_MARK: Final = 0x70686175
@@ -59,7 +61,7 @@ def _library() -> ctypes.CDLL:
     library.nft_ctx_new.restype = ctypes.c_void_p
     library.nft_ctx_get_error_buffer.restype = ctypes.c_char_p
     library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-    for name in ("nft_ctx_free", "nft_ctx_buffer_error", "nft_ctx_get_error_buffer"):
+    for name in ("nft_ctx_free", "nft_ctx_buffer_error", "nft_ctx_buffer_output", "nft_ctx_get_error_buffer"):
         getattr(library, name).argtypes = [ctypes.c_void_p]
     return library
 
@@ -73,23 +75,26 @@ def available() -> bool:
     return True
 
 
-def _table(name: str, connections: Iterable[Connection], flags: str) -> str:
-    elements: dict[int, list[str]] = {4: [], 6: []}
+def _elements(connections: Iterable[Connection]) -> dict[int, str]:
+    """IP version -> elements of a set, without versions that there are none of."""
+    found: dict[int, dict[str, None]] = {}
     for connection in connections:
-        elements[connection.addresses()[0].version] += connection.directions()
-    sets, rules = "", ""
-    for version, found in elements.items():
-        if found:
-            kind, ip = f"ipv{version}_addr", "ip" if version == 4 else "ip6"
-            members = ", ".join(dict.fromkeys(found))
-            key = f"{kind} . inet_service . {kind} . inet_service"
-            sets += f"set v{version} {{ type {key}; elements = {{ {members} }}; }}; "
-            rules += f"meta mark != {PASS_MARK} {ip} saddr . tcp sport . {ip} daddr . tcp dport @v{version} drop; "
-    chains = "".join(
-        f"chain {hook} {{ type filter hook {hook} priority raw; policy accept; {rules}}}; "
-        for hook in ("input", "output")
-    )
-    return f"table inet {name} {{ {flags}{sets}{chains}}}"
+        found.setdefault(connection.addresses()[0].version, {}).update(dict.fromkeys(connection.directions()))
+    return {version: ", ".join(elements) for version, elements in found.items()}
+
+
+def _table(name: str) -> list[str]:
+    """Commands that make a table with empty sets, whether it is there or not."""
+    commands, rules = [f"add table inet {name}"], []
+    for version, ip in ((4, "ip"), (6, "ip6")):
+        kind = f"ipv{version}_addr . inet_service"
+        commands.append(f"add set inet {name} v{version} {{ type {kind} . {kind}; }}")
+        rules.append(f"meta mark != {PASS_MARK} {ip} saddr . tcp sport . {ip} daddr . tcp dport @v{version} drop")
+    for hook in ("input", "output"):
+        commands.append(f"add chain inet {name} {hook} {{ type filter hook {hook} priority raw; policy accept; }}")
+        commands.append(f"flush chain inet {name} {hook}")
+        commands += [f"add rule inet {name} {hook} {rule}" for rule in rules]
+    return commands
 
 
 class NetworkLock:
@@ -100,8 +105,7 @@ class NetworkLock:
     """
 
     def __init__(self, connections: Iterable[Connection]) -> None:
-        self._connections = list(connections)
-        self._names: list[str] = []
+        self._elements = _elements(connections)
         try:
             self._library = _library()
         except OSError as error:
@@ -110,20 +114,24 @@ class NetworkLock:
         if not self._context:
             raise OSError("libnftables cannot be used")
         self._library.nft_ctx_buffer_error(self._context)
+        self._library.nft_ctx_buffer_output(self._context)
+        name = f"phaul-{secrets.token_hex(8)}"
+        _, *rest = _table(name)
         try:
-            self._add("flags owner; ")
+            self._run([f"add table inet {name} {{ flags owner; }}", *rest, *self._each("add", name)])
         except OSError:
             self.leave()
             raise
 
     def outlive(self) -> None:
-        """Drop the packets also after our death, until `release`; then `nft delete table` does it by hand."""
-        self._add("")
+        """Drop the packets also after our death, until a `release` for the same connections, by whomever."""
+        self._run([*_table(HELD), *self._each("add", HELD)])
 
     def release(self) -> None:
         """Let everything pass. Idempotent."""
-        while self._context and self._names:
-            self._run(f"delete table inet {self._names.pop()}")
+        if self._context and self._is_there(HELD):
+            # What is not in a set cannot be deleted from it.
+            self._run([*self._each("add", HELD), *self._each("delete", HELD)])
         self.leave()
 
     def leave(self) -> None:
@@ -132,12 +140,14 @@ class NetworkLock:
             self._library.nft_ctx_free(self._context)
             self._context = None
 
-    def _add(self, flags: str) -> None:
-        name = f"phaul-{secrets.token_hex(8)}"
-        self._run(_table(name, self._connections, flags))
-        self._names.append(name)
+    def _each(self, verb: str, table: str) -> list[str]:
+        return [f"{verb} element inet {table} v{version} {{ {text} }}" for version, text in self._elements.items()]
 
-    def _run(self, command: str) -> None:
-        if self._library.nft_run_cmd_from_buffer(self._context, command.encode()):
+    def _is_there(self, table: str) -> bool:
+        return not self._library.nft_run_cmd_from_buffer(self._context, f"list table inet {table}".encode())
+
+    def _run(self, commands: Sequence[str]) -> None:
+        """All of them or none: one transaction."""
+        if self._library.nft_run_cmd_from_buffer(self._context, "\n".join(commands).encode()):
             text = (self._library.nft_ctx_get_error_buffer(self._context) or b"").decode(errors="replace")
             raise OSError(f"nftables: {text.strip().partition(chr(10))[0]}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from functools import cmp_to_key
+from pathlib import Path
 from typing import Final
 
 from phaul.engine import native
@@ -47,7 +48,8 @@ def check(pids: list[int], shell_job: bool) -> None:
                 f"belongs to session {session}, whose leader is not in the tree (start it with setsid, "
                 "or use --shell-job)",
             )
-        if group not in inside and not shell_job:
+        # A leader that has ended leaves its group behind, which then has nobody outside of the tree's session.
+        if group not in inside and not shell_job and Path(f"/proc/{group}").exists():
             raise CannotMove(pid, "process group", f"belongs to group {group}, whose leader is not in the tree")
         if zombie.is_zombie(pid):
             continue  # it has left its namespaces

@@ -45,12 +45,14 @@ class RestoreOptions:
         shell_job: sessions and groups from outside the tree become ours.
         parent: whose child the root becomes.
         tcp_established: connections of TCP may be rebuilt.
+        tcp_close: they come back closed instead.
         network_lock: their packets are dropped until the tree runs.
     """
 
     shell_job: bool = False
     parent: native.Parent = native.Parent.INIT
     tcp_established: bool = False
+    tcp_close: bool = False
     network_lock: bool = True
 
 
@@ -159,7 +161,7 @@ class Restore:
 
     def _stage(self) -> None:
         mms = self._check_images()
-        allowed = BuildOptions(self.options.tcp_established, self.options.network_lock)
+        allowed = BuildOptions(self.options.tcp_established, self.options.tcp_close, self.options.network_lock)
         files = self._files = FileBuild(self.images, options=allowed)
         self._check_builds(self._files, mms)
         self._open_shared(self._files, mms)

@@ -252,16 +252,33 @@ class SkeletonTree:
     def _set_groups(self) -> None:
         """Process groups: leaders first, since a group must exist before others join it."""
         everyone = [*self.processes, *self.zombies]
-        pids = {process.pid for process in everyone}
+        existing = {process.entry.sid for process in everyone}
         for leaders in (True, False):
             for process in everyone:
                 group = process.entry.pgid
                 if (group == process.pid) != leaders or process.entry.sid == process.pid:
                     continue
-                if group in pids:
+                if group == process.pid or group in existing:
                     process.batch().run_one("setpgid", 0, group)
                 elif not self._keep_session:
-                    raise RestoreError(f"process group {group} of PID {process.pid} has no leader in the tree")
+                    self._join_orphaned_group(process, group)
+                existing.add(group)
+
+    def _join_orphaned_group(self, process: SkeletonProcess, group: int) -> None:
+        """Join a group whose leader has ended: somebody must lead it until the first member is there."""
+        helper = SkeletonProcess(pstree_entry(pid=group), self, process, mm_entry())
+        self._clone(process, helper, [group], 0, signal.SIGCHLD)
+        helper.batch().run_one("setpgid", 0, 0)
+        process.batch().run_one("setpgid", 0, group)
+        call = helper.batch()
+        call.exit_group(0)
+        with contextlib.suppress(ProcessLookupError):
+            call.run()
+        # Its parent reaps it, and forgets that it was told so.
+        call = process.batch()
+        call.wait4(group, 0, 0, 0)
+        call.rt_sigaction(signal.SIGCHLD, call.data(bytes(32)), 0, 8)
+        call.run()
 
     # Address spaces
 

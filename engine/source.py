@@ -188,18 +188,19 @@ class SourceTree:
         """Stop tasks until no new one is found. Returns pid -> (parent pid, tids)."""
         while True:
             tree: dict[int, tuple[int, list[int]]] = {}
+            self.zombies = {}
             todo = [(self.root_pid, 0)]
             while todo:
                 pid, parent = todo.pop(0)
                 try:
+                    if is_zombie(pid):
+                        self.zombies[pid] = parent
+                        continue
                     tree[pid] = (parent, Proc(pid).tids())
                     todo += [(child, pid) for child in Proc(pid).children()]
                 except NoSuchProcess:
                     if pid == self.root_pid:
                         raise
-            self.zombies = {pid: parent for pid, (parent, _) in tree.items() if is_zombie(pid)}
-            for pid in self.zombies:
-                del tree[pid]
             new = {tid: pid for pid, (_, tids) in tree.items() for tid in tids if tid not in self._seized}
             if not new:
                 return tree

@@ -56,7 +56,7 @@ class MigrateOptions:
         shell_job: the tree belongs to a terminal session that stays here.
         tcp_established: move TCP connections, too; their addresses must be there.
         tcp_close: restore established TCP connections as closed ones.
-        file_locks, link_remap, ghost_limit: as in `DumpOptions`.
+        file_locks, link_remap, ghost_limit, ext_unix_sk: as in `DumpOptions`.
         connect_timeout: seconds for reaching the destination.
     """
 
@@ -66,6 +66,7 @@ class MigrateOptions:
     file_locks: bool = False
     link_remap: bool = False
     ghost_limit: int = DumpOptions.ghost_limit
+    ext_unix_sk: bool = False
     connect_timeout: float = 10.0
 
 
@@ -197,6 +198,7 @@ class Source:
             file_locks=self._options.file_locks,
             link_remap=self._options.link_remap,
             ghost_limit=self._options.ghost_limit,
+            ext_unix_sk=self._options.ext_unix_sk,
         )
         with self._timeline.span("preflight"):
             found = await self._engine.run(preflight, self._pid, options)

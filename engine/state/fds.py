@@ -110,8 +110,8 @@ def _classify(file: OpenFile, files: OpenFiles, options: FileOptions) -> FileKin
     locks.check(file, options)
     for kind in kinds():
         if kind.claims(file):
-            if file.in_flight:
-                _check_in_flight(file, kind)
+            if file.in_flight and file.users[0].locks:
+                raise file.refuse(f"{file.link} with a lock and open nowhere else, cannot be moved")
             kind.check(file, files, options)
             owner = file.owner()
             # A process group (2) is the tree's if it is named after one of its processes.
@@ -119,14 +119,6 @@ def _classify(file: OpenFile, files: OpenFiles, options: FileOptions) -> FileKin
                 raise file.refuse(f"{kind.name} that signals PID {owner.pid} outside the tree, cannot be moved")
             return kind
     raise file.refuse(f"{_describe(file)}, cannot be moved")
-
-
-def _check_in_flight(file: OpenFile, kind: FileKind) -> None:
-    """Refuse a file that only a queue holds (SCM_RIGHTS) if it needs a process to be restored in."""
-    if type(kind).attach is not FileKind.attach:
-        raise file.refuse(f"{kind.name} that is nowhere else, cannot be moved")
-    if file.users[0].locks:
-        raise file.refuse(f"{file.link} with a lock, that is nowhere else, cannot be moved")
 
 
 def preflight(pids: Sequence[int], options: FileOptions) -> None:
@@ -333,9 +325,13 @@ def install(process: SkeletonProcess, made: FileBuild, comm: socket.socket) -> N
     numbers: dict[int, dict[int, bool]] = {}
     for entry in made.images.messages(name, fdinfo_entry):
         numbers.setdefault(entry.id, {})[entry.fd] = bool(entry.flags & FD_CLOEXEC)
+    highest = max((number for found in numbers.values() for number in found), default=0)
+    helped = [i for i in sorted(made.in_flight) if kind_of(made.entries[i].type).helper(made.entries[i], made) == name]
+    for file_id in helped:
+        highest += 1
+        numbers[file_id] = {highest: True}
     # In the order of the numbers most come to lie where they belong; whoever replaces the socket comes last.
     order = sorted(numbers, key=lambda file_id: (0 in numbers[file_id], min(numbers[file_id])))
-    highest = max((number for found in numbers.values() for number in found), default=0)
     limits = _allow_number(process.pid, max(highest, len(order)) + 2)
     try:
         received = _send(process, [made.fds[file_id] for file_id in order], comm)
@@ -349,6 +345,8 @@ def install(process: SkeletonProcess, made: FileBuild, comm: socket.socket) -> N
         for number in closes if any(0 in found for found in numbers.values()) else [*closes, 0]:
             call.close(number)
         _attach(made, name, numbers, call)
+        for file_id in helped:
+            call.close(min(numbers[file_id]))
         call.run()
     finally:
         if limits is not None:

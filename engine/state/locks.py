@@ -42,7 +42,6 @@ BREAKING: Final = 4
 
 _TYPES: Final = {"READ": fcntl.F_RDLCK, "WRITE": fcntl.F_WRLCK, "UNLCK": fcntl.F_UNLCK}
 _FLOCK: Final = {fcntl.F_RDLCK: fcntl.LOCK_SH, fcntl.F_WRLCK: fcntl.LOCK_EX}
-_F_OFD_SETLK: Final = 37  # linux/fcntl.h; new in Python 3.9's fcntl module, but not in its type stubs
 _STRUCT: Final = struct.Struct("hhqqi4x")  # struct flock
 _NO_OWNER: Final = struct.pack("2i", 0, 0)
 # "1: POSIX  ADVISORY  WRITE 359 00:13:11691 0 EOF"
@@ -122,7 +121,7 @@ def _restore(entry: file_lock_entry, call: Batch) -> Result:
         return call.flock(fd, _FLOCK[entry.type] | fcntl.LOCK_NB, may_fail=True)
     if entry.flag in (Kind.POSIX, Kind.OFDLCK) and entry.type in _FLOCK:
         lock = call.data(_STRUCT.pack(entry.type, os.SEEK_SET, entry.start, entry.len, 0))
-        command = fcntl.F_SETLK if entry.flag == Kind.POSIX else _F_OFD_SETLK
+        command = fcntl.F_SETLK if entry.flag == Kind.POSIX else fcntl.F_OFD_SETLK
         return call.fcntl(fd, command, lock, may_fail=True)
     if entry.flag == Kind.LEASE and entry.type in (fcntl.F_RDLCK, fcntl.F_WRLCK):
         return call.fcntl(fd, fcntl.F_SETLEASE, entry.type, may_fail=True)

@@ -30,6 +30,7 @@ _METADATA: Final = struct.Struct("<2Q")  # index of the filter, its SECCOMP_FILT
 _INSTRUCTION: Final = 8  # struct sock_filter
 _MOST_INSTRUCTIONS: Final = 4096  # BPF_MAXINSNS
 _PROGRAM: Final = struct.Struct("<HxxxxxxQ")  # struct sock_fprog
+_MODES: Final = (core_pb2.disabled, core_pb2.strict, core_pb2.filter)
 _SET_MODE_STRICT, _SET_MODE_FILTER = 0, 1
 
 
@@ -38,7 +39,7 @@ def dump_process(process: SourceProcess, call: Batch, images: ImageSet) -> Itera
     del call
     for thread in process.threads:
         mode = int(thread.proc.status["Seccomp"])
-        thread.core.thread_core.seccomp_mode = core_pb2.seccomp_mode.ValueType(mode)
+        thread.core.thread_core.seccomp_mode = _MODES[mode]
         if mode == core_pb2.filter:
             thread.core.thread_core.seccomp_filter = _add_chain(_chain(thread.tid), images)
     yield

@@ -59,6 +59,11 @@ def add_tree_options(parser: argparse.ArgumentParser) -> None:
         help="deleted files that have other hard links get one more for the journey",
     )
     parser.add_argument(
+        "--ext-unix-sk",
+        action="store_true",
+        help="datagram sockets may be connected to a name outside the tree, which the destination must have",
+    )
+    parser.add_argument(
         "--ghost-limit",
         metavar="SIZE",
         type=size,

@@ -103,10 +103,16 @@ OPTIONS = (
     Option("tls-no-cn-verify", dropped=_PAGE_SERVER),
     # Sockets and files
     Option("tcp-established", does=BOTH, help="established TCP connections are moved, too"),
-    Option("tcp-close", does=DUMP, help="established TCP connections come back closed"),
+    Option("tcp-close", does=BOTH, help="established TCP connections come back closed"),
     Option("skip-in-flight", does=DUMP, help="connections that were not yet accepted are left behind"),
     Option("network-lock", "", "METHOD", does=BOTH, help="drop packets of the connections meanwhile, or `skip` that"),
-    Option("ext-unix-sk", "x", "[INODE]", refuses=BOTH),
+    Option(
+        "ext-unix-sk",
+        "x",
+        "[INODE]",
+        does=DUMP,
+        help="datagram sockets may be connected to a name outside the tree",
+    ),
     Option("file-locks", "l", does=DUMP, help="take locks and leases on files along"),
     Option("link-remap", does=DUMP, help="deleted files with other names get one more, until the restore"),
     Option("ghost-limit", "", "SIZE", does=DUMP, help="largest deleted file that is taken along (default 1M)"),

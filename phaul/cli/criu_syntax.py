@@ -184,6 +184,17 @@ def network_lock(method: str | None) -> bool:
     return method not in ("skip", "none")
 
 
+def external_sockets(inode: str | None) -> bool:
+    """Whether --ext-unix-sk is there.
+
+    Raises:
+        UsageError: it names one socket.
+    """
+    if inode:
+        raise UsageError(f"phaul does not do --ext-unix-sk {inode} yet")
+    return inode is not None
+
+
 def level(text: str | None, default: int) -> int:
     """The level that -v asks for: a number, or one more than the default for each v, as CRIU reads it."""
     if text is None:

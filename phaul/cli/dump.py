@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         link_remap=args.link_remap,
         ghost_limit=criu_syntax.size(args.ghost_limit) if args.ghost_limit else DumpOptions.ghost_limit,
         file_locks=args.file_locks,
+        ext_unix_sk=criu_syntax.external_sockets(args.ext_unix_sk),
     )
     scripts = ActionScripts(args.action_script, args.images_dir, work_dir, DumpError)
     with EngineThread() as engine:

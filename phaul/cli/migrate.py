@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         file_locks=args.file_locks,
         link_remap=args.link_remap,
         ghost_limit=args.ghost_limit,
+        ext_unix_sk=args.ext_unix_sk,
         connect_timeout=args.connect_timeout,
     )
     endpoint = parse(args.destination)

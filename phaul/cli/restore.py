@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
             shell_job=args.shell_job,
             parent=parent,
             tcp_established=args.tcp_established,
+            tcp_close=args.tcp_close,
             network_lock=criu_syntax.network_lock(args.network_lock),
         )
         restore = engine.call(restore_from_directory, Path(args.images_dir), options)

@@ -55,7 +55,7 @@ def test_canonical(words: list[str], expected: list[str]) -> None:
     [
         ("dump", ["--lazy-pages"], "phaul does not do --lazy-pages yet"),
         ("restore", ["--lazy"], "phaul does not do --lazy-pages yet"),
-        ("dump", ["-x"], "phaul does not do --ext-unix-sk yet"),
+        ("dump", ["--stream"], "phaul does not do --stream yet"),
         ("dump", ["--external", "mnt[]"], "phaul does not do --external mnt[] yet"),
         ("restore", ["-r", "/new"], "phaul does not do --root /new yet"),
         ("dump", ["--manage-cgroups"], "phaul does not do --manage-cgroups yet"),
@@ -156,3 +156,9 @@ def test_network_lock_methods() -> None:
     ]
     with pytest.raises(UsageError, match="there is no method 'ebtables'"):
         criu_syntax.network_lock("ebtables")
+
+
+def test_external_sockets() -> None:
+    assert [criu_syntax.external_sockets(value) for value in (None, "")] == [False, True]
+    with pytest.raises(UsageError, match="does not do --ext-unix-sk 123 yet"):
+        criu_syntax.external_sockets("123")

@@ -1,12 +1,12 @@
 /*
  * Locks on files: flock (of one descriptor and of one shared with a child), POSIX locks of two
- * processes, open file description locks, leases, and a child that waits for a lock.
+ * processes, open file description locks, and a child that waits for a lock.
  */
 #include <sys/file.h>
 
 #include "target.h"
 
-enum { WHOLE = 20, SHARED, POSIX, OFD, READ_LEASE, WRITE_LEASE, WAIT };
+enum { WHOLE = 20, SHARED, POSIX, OFD, WAIT };
 enum { RELEASED = 9 };
 
 static pid_t holder, waiter;
@@ -121,8 +121,6 @@ int main(int argc, char **argv)
 	make("shared", SHARED, O_RDWR);
 	make("posix", POSIX, O_RDWR);
 	make("ofd", OFD, O_RDWR);
-	make("read-lease", READ_LEASE, O_RDONLY);
-	make("write-lease", WRITE_LEASE, O_RDWR);
 	make("wait", WAIT, O_RDWR);
 	for (int fd = target_output + 1; fd < WHOLE; fd++)
 		close(fd);
@@ -136,9 +134,6 @@ int main(int argc, char **argv)
 	set(WAIT, F_SETLK, F_WRLCK, 0, 0);
 	holder = child(hold);
 	waiter = child(wait_for_lock);
-	MUST(fcntl(READ_LEASE, F_SETLEASE, F_RDLCK));
-	MUST(fcntl(WRITE_LEASE, F_SETSIG, SIGUSR1));
-	MUST(fcntl(WRITE_LEASE, F_SETLEASE, F_WRLCK));
 	target_ready();
 
 	while (!target_ending(20))
@@ -146,13 +141,6 @@ int main(int argc, char **argv)
 	expect_flock("whole", LOCK_SH, LOCK_EX);
 	expect_flock("shared", 0, LOCK_SH);
 	expect_ranges();
-	SAME("read lease", fcntl(READ_LEASE, F_GETLEASE), F_RDLCK);
-	SAME("write lease", fcntl(WRITE_LEASE, F_GETLEASE), F_WRLCK);
-	MUST(sigpending(&blocked));
-	CHECK(!sigismember(&blocked, SIGUSR1), "a lease was broken");
-	REFUSED(open("write-lease", O_RDONLY | O_NONBLOCK), EWOULDBLOCK);
-	MUST(sigpending(&blocked));
-	CHECK(sigismember(&blocked, SIGUSR1), "the lease gave no signal");
 	target_end_child("holder", holder, 3);
 	expect_flock("shared", LOCK_EX, 0);
 	SAME("waiter", waitpid(waiter, &status, WNOHANG), 0);

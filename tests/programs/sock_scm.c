@@ -1,8 +1,10 @@
 /*
  * Descriptors in flight (SCM_RIGHTS) in unix sockets of the three kinds: a file and a pipe that are
- * open nowhere else, a file that is, a socket with descriptors in its own queue, and a socket in the
- * queue of its peer. Of a stream they come with the first byte that they were sent with.
+ * open nowhere else, a file that is, a socket with descriptors in its own queue, a socket in the
+ * queue of its peer, and an epoll that watches the socket it is queued for. Of a stream they come
+ * with the first byte that they were sent with.
  */
+#include <sys/epoll.h>
 #include <sys/socket.h>
 
 #include "target.h"
@@ -122,7 +124,10 @@ int main(int argc, char **argv)
 		put(pairs[i][0], 1, stream + 4, fds, 1);
 		put(pairs[i][0], TAIL, stream + 5, NULL, 0);
 		fds[0] = (int)MUST(dup(pairs[i][0]));
-		put(pairs[i][1], TAIL, stream + 6, fds, 1);
+		fds[1] = (int)MUST(epoll_create1(0));
+		struct epoll_event event = {EPOLLIN, {.u64 = stream}};
+		MUST(epoll_ctl(fds[1], EPOLL_CTL_ADD, pairs[i][0], &event));
+		put(pairs[i][1], TAIL, stream + 6, fds, 2);
 	}
 
 	target_ready();
@@ -144,9 +149,15 @@ int main(int argc, char **argv)
 		check_pipe(fds[2], end, TAIL, stream + 1);
 		put(inner[i], TAIL, stream, NULL, 0);
 		must_get("new message inside", more[0], TAIL, stream, NULL, 0);
-		must_get("message with its own receiver", pairs[i][0], TAIL, stream + 6, fds, 1);
+		must_get("message with its own receiver", pairs[i][0], TAIL, stream + 6, fds, 2);
 		SAME("its own receiver",
 		     MUST(syscall(SYS_kcmp, getpid(), getpid(), 0 /* KCMP_FILE */, fds[0], pairs[i][0])), 0);
+		struct epoll_event event;
+		SAME("events of an empty socket", MUST(epoll_wait(fds[1], &event, 1, 0)), 0);
+		put(from, 1, 0, NULL, 0);
+		SAME("events", MUST(epoll_wait(fds[1], &event, 1, 0)), 1);
+		SAME("event", event.data.u64, stream);
+		MUST(epoll_ctl(fds[1], EPOLL_CTL_DEL, pairs[i][0], NULL));
 	}
 	target_pass();
 }

@@ -46,6 +46,15 @@ static void child(int fd)
 	_exit(6);
 }
 
+static void ask(int fd, uint64_t number)
+{
+	uint64_t answer;
+
+	SAME("question", send(fd, &number, sizeof(number), 0), sizeof(number));
+	SAME("answer", MUST(recv(fd, &answer, sizeof(answer), 0)), sizeof(answer));
+	SAME("answer", answer, target_random(number));
+}
+
 static socklen_t name_of(struct sockaddr_un *address, const char *name, bool abstract)
 {
 	memset(address, 0, sizeof(*address));
@@ -103,7 +112,7 @@ static int option(int fd, int number)
 int main(int argc, char **argv)
 {
 	int talk[2], status, flags[NUMBERS], send_size = 40000, receive_size = 60000, on = 1;
-	uint64_t number = 1, answer;
+	uint64_t number = 1;
 	char abstract[64];
 
 	target_start(argc, argv);
@@ -130,12 +139,10 @@ int main(int argc, char **argv)
 	for (int fd = 0; fd < NUMBERS; fd++)
 		flags[fd] = fcntl(fd, F_GETFL) * 2 + fcntl(fd, F_GETFD);
 
+	ask(talk[0], 0); /* the child is there, and has closed its copy of our end */
 	target_ready();
-	for (; !target_ending(1); number++) {
-		SAME("question", send(talk[0], &number, sizeof(number), 0), sizeof(number));
-		SAME("answer", MUST(recv(talk[0], &answer, sizeof(answer), 0)), sizeof(answer));
-		SAME("answer", answer, target_random(number));
-	}
+	while (!target_ending(1))
+		ask(talk[0], number++);
 
 	for (int fd = 0; fd < NUMBERS; fd++) {
 		int now = fcntl(fd, F_GETFL) * 2 + fcntl(fd, F_GETFD);

@@ -1,6 +1,7 @@
 /*
  * Pseudo terminals: a session with a controlling terminal and a foreground job that is not the leader, its
- * /dev/tty, settings of all kinds, a master that is locked, one in packet mode, and slaves that were hung up.
+ * /dev/tty, settings of all kinds, a master that is locked, one in packet mode, a slave that was hung up, and what
+ * was typed and printed but not read.
  */
 #include <sys/ioctl.h>
 #include <sys/types.h>
@@ -37,6 +38,15 @@ static void must_pass(const char *what, int master, int slave)
 	SAME(what, MUST(write(master, "hello\n", 6)), 6);
 	SAME(what, MUST(read(slave, seen, sizeof(seen) - 1)), 6);
 	same_text(what, seen, "hello\n");
+}
+
+/* What one read returns. */
+static void must_read(const char *what, int fd, const char *expected)
+{
+	char seen[64] = "";
+
+	MUST(read(fd, seen, sizeof(seen) - 1));
+	same_text(what, seen, expected);
 }
 
 static volatile sig_atomic_t interrupts;
@@ -99,7 +109,7 @@ int main(int argc, char **argv)
 
 	target_start(argc, argv);
 	struct pty plain = make(0), controlling = make(O_CLOEXEC), shut = make(O_NONBLOCK), packets = make(0);
-	struct pty gone = make(0);
+	struct pty gone = make(0), typed = make(0);
 
 	plain.slave = open_slave(plain, O_RDWR);
 	int reader = open_slave(plain, O_RDONLY | O_NONBLOCK);
@@ -120,6 +130,13 @@ int main(int argc, char **argv)
 	MUST(ioctl(packets.master, TIOCPKT, &on));
 	gone.slave = open_slave(gone, O_RDWR);
 	close(gone.master);
+
+	typed.slave = open_slave(typed, O_RDWR);
+	SAME("typed", MUST(write(typed.master, "one\ntwo\nthr", 11)), 11);
+	do
+		MUST(ioctl(typed.master, TIOCINQ, &value));
+	while (value < 13);
+	SAME("printed", MUST(write(typed.slave, "four\n", 5)), 5);
 
 	MUST(pipe(started));
 	pid_t leader = (pid_t)MUST(fork());
@@ -165,6 +182,12 @@ int main(int argc, char **argv)
 	same_bytes("packet", seen, "\0x", 2);
 	SAME("hung up", read(gone.slave, seen, 1), 0);
 	REFUSED(write(gone.slave, seen, 1), EIO);
+
+	SAME("more typed", MUST(write(typed.master, "ee\n", 3)), 3);
+	must_read("first line", typed.slave, "one\n");
+	must_read("second line", typed.slave, "two\n");
+	must_read("third line", typed.slave, "three\n");
+	must_read("echo and print", typed.master, "one\r\ntwo\r\nthrfour\r\nee\r\n");
 
 	SAME("^C", MUST(write(controlling.master, "\3", 1)), 1);
 	target_sleep(50);

@@ -37,12 +37,15 @@ CASES: tuple[tuple[str, ...], ...] = (
     ("creds",),
     ("eventfds",),
     ("files",),
+    ("file_leases",),
     ("file_locks",),
     ("files_deleted",),
     ("inotify",),
     ("mem_kinds",),
     ("mem_shared",),
     ("mem_vmas",),
+    ("orphaned_group",),
+    ("pidfds",),
     ("pipes",),
     ("proc_attrs",),
     ("regs",),
@@ -64,6 +67,7 @@ CASES: tuple[tuple[str, ...], ...] = (
 """Every program that can be moved, as arguments for `Target.start`."""
 
 OPTIONS: dict[str, DumpOptions] = {
+    "file_leases": DumpOptions(file_locks=True),
     "file_locks": DumpOptions(file_locks=True),
     "sock_tcp": DumpOptions(tcp_established=True),
 }
@@ -79,6 +83,7 @@ RESTLESS: dict[str, tuple[str, ...]] = {
     "files": ("*fds.23.pos", "*fds.27.pos"),
     "proc_attrs": ("*fds.4", "*fds.4.*"),
     "rseq_robust_tid": ("*.Cpus_allowed_list",),
+    "pidfds": ("*.Pid", "*.NSpid"),  # as the observer numbers them
     "refuse_iouring": ("*.Sq*", "*.Cq*", "*.Cached*"),
     "shared_tables": ("*.fds.5*", "*mask*"),
     "timers": ("*ShdPnd", "*.SigPnd", "*.SigBlk"),  # sigtimedwait(2) unblocks what it waits for

@@ -22,7 +22,10 @@ pytestmark = pytest.mark.root
 
 PORT = 7000
 WORK = 0.2
-ALL = [pytest.param(case, id="-".join(case)) for case in CASES]
+# The hosts have one file system, on which a lock can be held but once, and one kernel: whoever opens a file with a
+# lease breaks it.
+LOCKS, LEASES = ("file_locks",), ("file_leases",)
+ALL = [pytest.param(case, id="-".join(case)) for case in CASES if case not in (LOCKS, LEASES)]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,15 @@ def test_it_moves(case: tuple[str, ...], pair: TwoHosts) -> None:
         assert target.pid not in pair.source.pids()
         time.sleep(WORK)
         assert difference(before, visible_tree(target.outer_pid), RESTLESS.get(case[0], ())) == []
+        target.finish()
+
+
+def test_locks_on_a_file_that_the_source_still_has_harm_nothing(pair: TwoHosts) -> None:
+    with Target.start(*LOCKS, host=pair.source) as target:
+        before = visible_tree(target.outer_pid)
+        assert_error(migrate(pair, target), RestoreError, "cannot be set: Resource temporarily unavailable")
+        assert settled(pair, target) == []
+        assert difference(before, visible_tree(target.outer_pid)) == []
         target.finish()
 
 

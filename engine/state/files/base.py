@@ -63,6 +63,8 @@ class FileOptions(Protocol):
     @property
     def file_locks(self) -> bool: ...
     @property
+    def ext_unix_sk(self) -> bool: ...
+    @property
     def tcp_established(self) -> bool: ...
     @property
     def skip_in_flight(self) -> bool: ...
@@ -76,10 +78,12 @@ class BuildOptions:
 
     Attributes:
         tcp_established: connections of TCP may be rebuilt.
+        tcp_close: they come back closed.
         network_lock: their packets are dropped until the tree runs.
     """
 
     tcp_established: bool = False
+    tcp_close: bool = False
     network_lock: bool = True
 
 
@@ -87,7 +91,7 @@ class Custody:
     """What a kind of file keeps of a stopped tree until its fate is known. Each end may come twice."""
 
     def hold(self) -> None:
-        """The tree stays stopped even if we die."""
+        """The tree stays stopped even if we die, or is about to be killed."""
 
     def leave(self) -> None:
         """We go away from a tree that is held."""
@@ -423,7 +427,8 @@ class FileBuild:
         entries: file_entry by id.
         fds: id -> descriptor in our process (close-on-exec), kept until `close`.
         tables: name of an fdinfo image -> descriptor number -> id of the file.
-        wanted: ids of all files that are in a table or in the queue of a socket, ascending.
+        in_flight: ids of the files that are in queues of sockets only.
+        wanted: ids of all files that are in a table or in flight, ascending.
         shared: what kinds keep for the time of a restore, by a key of their own.
         cleanup: runs at `close`; for descriptors that are needed only while building.
         at_end: runs when `close` has closed everything else.
@@ -442,7 +447,8 @@ class FileBuild:
                 if len(table) != len(descriptors):
                     raise ImageError(f"{name}: a descriptor comes twice")
         in_tables = {file_id for table in self.tables.values() for file_id in table.values()}
-        self.wanted = sorted(in_tables.union(_in_flight(images)))
+        self.in_flight = set(_in_flight(images)) - in_tables
+        self.wanted = sorted(in_tables | self.in_flight)
         self.shared: dict[object, Any] = {}
         self.cleanup = contextlib.ExitStack()
         self.at_end = contextlib.ExitStack()
@@ -570,6 +576,10 @@ class FileKind:
             fd: the lowest number of this file there.
             table: name of the process's fdinfo image (`build.tables`).
         """
+
+    def helper(self, entry: file_entry, build: FileBuild) -> str | None:
+        """Of a file in flight: the table of a process that gets it for the time of `attach`."""
+        return None
 
     def parameters(self, entry: file_entry, build: FileBuild) -> tuple[int, fown_entry]:
         """Flags (O_*) and owner, which are set at the very end."""

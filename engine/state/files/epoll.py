@@ -83,7 +83,7 @@ def _watches(epoll: User, watch: Watch, target: User) -> bool:
         raise
 
 
-def _find(epoll: User, watch: Watch, table: dict[int, OpenFile]) -> tuple[int, ...]:
+def _find(epoll: User, watch: Watch, pid: int, table: dict[int, OpenFile]) -> tuple[int, ...]:
     """The numbers in a process's table that lead to the watched description; the original one first."""
 
     def fits(number: int, file: OpenFile) -> bool:
@@ -91,7 +91,7 @@ def _find(epoll: User, watch: Watch, table: dict[int, OpenFile]) -> tuple[int, .
         if status.st_ino != watch.inode or _kernel_device(status.st_dev) != watch.device:
             return False
         # A socket has but one description.
-        return file.link.startswith("socket:") or _watches(epoll, watch, User(epoll.pid, number, False))
+        return file.link.startswith("socket:") or _watches(epoll, watch, User(pid, number, False))
 
     original = table.get(watch.tfd)
     if original is not None and fits(watch.tfd, original):
@@ -108,15 +108,17 @@ def resolve(file: OpenFile, files: OpenFiles) -> dict[Watch, int]:
     wanted = watches(file)
     missing = 0
     tried: set[int] = set()
-    for user in file.users:
-        if user.pid in tried:
+    # Of an epoll in flight nobody knows whose numbers those are.
+    users = [(file.users[0], pid) for pid in files.tables] if file.in_flight else [(u, u.pid) for u in file.users]
+    for user, pid in users:
+        if pid in tried:
             continue
-        tried.add(user.pid)
-        table = files.tables[user.pid]
+        tried.add(pid)
+        table = files.tables[pid]
         found: dict[Watch, int] = {}
         taken: set[int] = set()
         for watch in wanted:
-            free = [number for number in _find(user, watch, table) if number not in taken]
+            free = [number for number in _find(user, watch, pid, table) if number not in taken]
             if not free:
                 missing = watch.tfd
                 break
@@ -164,10 +166,15 @@ class Epolls(FileKind):
     def finish(self, entry: file_entry, fd: int, build: FileBuild) -> None:
         # The process that adds the watches: the first that has the epoll and all the numbers.
         for name, table in build.tables.items():
-            if entry.id in table.values() and all(watch.tfd in table for watch in entry.epfd.tfd):
+            has_it = entry.id in table.values() or entry.id in build.in_flight
+            if has_it and all(watch.tfd in table for watch in entry.epfd.tfd):
                 build.shared[eventpoll_file_entry, entry.id] = name
                 return
         raise ImageError(f"files: epoll {entry.id} watches descriptors that no process has")
+
+    def helper(self, entry: file_entry, build: FileBuild) -> str | None:
+        name: str = build.shared[eventpoll_file_entry, entry.id]
+        return name
 
     def attach(self, entry: file_entry, fd: int, table: str, build: FileBuild, call: Batch) -> None:
         if build.shared[eventpoll_file_entry, entry.id] != table:

@@ -250,7 +250,8 @@ class InetSockets(FileKind):
         sockopts.apply_bind_options(sock, isk.opts)
         sockopts.apply_numbers(isk.ip_opts, sock, *_IP_NUMBERS[isk.family])
         connected = is_tcp and isk.state not in (TCP_CLOSE, TCP_LISTEN)
-        if connected and not build.images.one("inventory", inventory_entry).tcp_close:
+        closed = connected and (build.options.tcp_close or build.images.one("inventory", inventory_entry).tcp_close)
+        if connected and not closed:
             _Connections.of(build).rebuild(isk, sock)
         elif isk.src_port and not connected:
             self._bind(isk, sock)
@@ -267,9 +268,11 @@ class InetSockets(FileKind):
         if connected:
             # The others of this port are still to be bound.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if isk.shutdown:
+        # A connection that is closed for both shows an end of file and EPIPE, not that there never was one.
+        how = socket.SHUT_RDWR if closed else isk.shutdown - 1
+        if how >= 0:
             with contextlib.suppress(OSError):  # ENOTCONN, but it has been done
-                sock.shutdown(isk.shutdown - 1)
+                sock.shutdown(how)
 
     def _bind(self, isk: inet_sk_entry, sock: socket.socket) -> None:
         # Whatever its own setting: connections of the past must not keep the port from us.
@@ -317,7 +320,7 @@ class _Connections:
         connected = [_connection(isk) for isk in sockets if isk.proto == socket.IPPROTO_TCP and isk.state in tcp.STATES]
         self._lock = netlock.NetworkLock(connected) if build.options.network_lock else None
         build.on_resume(self._resume)
-        build.on_abort(self._end)
+        build.on_abort(self._abort)
 
     def rebuild(self, isk: inet_sk_entry, sock: socket.socket) -> None:
         """Make a new socket a connection of the image."""
@@ -343,13 +346,14 @@ class _Connections:
             self._lock.release()
         for isk, rebuilt in self._rebuilt:
             rebuilt.release(int(isk.opts.reuseaddr), int(isk.tcp_opts.nodelay))
-        self._end()
+            rebuilt.sock.close()
 
-    def _end(self) -> None:
+    def _abort(self) -> None:
+        # Silently: those that may be connected are in repair mode.
         while self._socks:
             self._socks.pop().close()
         if self._lock:
-            self._lock.release()
+            self._lock.leave()
 
 
 def _connection(isk: inet_sk_entry) -> Connection:

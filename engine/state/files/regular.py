@@ -137,7 +137,8 @@ class RegularFiles(FileKind):
             if stat.S_ISLNK(reg.mode):
                 return build.adopt(entry.id, os.dup(int(os.path.basename(path))))
             flags &= ~os.O_NOFOLLOW
-        fd = os.open(path, flags)
+        # Without waiting if somebody here has a lease on it; `parameters` takes that flag off again.
+        fd = os.open(path, flags | os.O_NONBLOCK)
         build.adopt(entry.id, fd)
         if reg.pos and not reg.flags & os.O_PATH:
             os.lseek(fd, reg.pos, os.SEEK_SET)

@@ -149,6 +149,7 @@ def read_all(socks: Sequence[socket.socket]) -> list[tuple[bytes, bytes] | str]:
         child = os.fork()
         if child == 0:
             try:
+                os.close(result)  # else nobody would tell the child that we have died
                 os.setsid()
                 with open(told, "wb") as pipe:
                     pickle.dump([_read(sock) for sock in socks], pipe)
@@ -186,7 +187,7 @@ class Held(Custody):
         for sock in self.socks:
             with contextlib.suppress(OSError):
                 _set(sock, TCP_REPAIR, REPAIR_ON)
-        self.thaw()
+        self.leave()
 
     def leave(self) -> None:
         self._close()

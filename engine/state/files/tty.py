@@ -5,8 +5,9 @@ it anew makes the terminal. Its slaves are then opened through it. The number (/
 host. A session gets its controlling terminal before its leader has children (`open_session`), since they inherit it;
 its foreground group when all groups exist (`set_foreground`).
 
-Not in the image: an unfinished line of input, and output stopped by ^S. Terminals that hold unread data are refused:
-reading it would take it away. The numbers of ids, and the terminal of /dev/tty found by its session, are as in CRIU.
+Not in the image: output stopped by ^S, input of a terminal that no slave is open of, and which processes of a
+session have left its terminal. `tty_queues` has what waits unread. The numbers of ids, and the terminal of /dev/tty
+found by its session, are as in CRIU.
 
 Source: pty(7), ioctl_tty(2), drivers/tty/pty.c, drivers/tty/tty_jobctrl.c.
 """
@@ -26,20 +27,27 @@ from typing import TYPE_CHECKING, Final
 
 from phaul.engine import native
 from phaul.engine.proc import Proc
+from phaul.engine.state.files import tty_queues
 from phaul.engine.state.files.base import FileBuild, FileDump, FileKind, FileOptions, OpenFile, OpenFiles, no_owner
+from phaul.engine.state.files.tty_queues import TERMIOS, TIOCGLCKTRMIOS, TIOCGPTPEER, TIOCSLCKTRMIOS
 from phaul.errors import CannotMove, ImageError, RestoreError
 from phaul.images.pb.fdinfo_pb2 import fd_types, file_entry
 from phaul.images.pb.regfile_pb2 import reg_file_entry
-from phaul.images.pb.tty_pb2 import CTTY, PTY, termios_entry, tty_file_entry, tty_info_entry, winsize_entry
+from phaul.images.pb.tty_pb2 import (
+    CTTY,
+    PTY,
+    termios_entry,
+    tty_data_entry,
+    tty_file_entry,
+    tty_info_entry,
+    winsize_entry,
+)
 
 if TYPE_CHECKING:
     from phaul.engine.skeleton import SkeletonProcess
 
 # asm-generic/ioctls.h; the termios module does not have them.
 TIOCGSID: Final = 0x5429
-TIOCGPTPEER: Final = 0x5441
-TIOCGLCKTRMIOS: Final = 0x5456
-TIOCSLCKTRMIOS: Final = 0x5457
 TIOCSPTLCK: Final = 0x40045431
 TIOCGPTN: Final = 0x80045430
 TIOCGDEV: Final = 0x80045432
@@ -51,7 +59,6 @@ _PTMX: Final = os.makedev(5, 2)
 _TTY: Final = os.makedev(5, 0)
 _SLAVES: Final = 136  # major number (UNIX98_PTY_SLAVE_MAJOR); the minor number is N
 _N_TTY: Final = 0
-_TERMIOS: Final = struct.Struct("=4IB19s")  # struct termios of asm-generic/termbits.h
 _WINSIZE: Final = struct.Struct("=4H")
 _CTTY_ID: Final = 1 << 24  # beyond those of all pseudo terminals (NR_UNIX98_PTY_MAX)
 
@@ -119,7 +126,7 @@ def _device_name(device: int) -> str:
 
 
 def _termios(fd: int, request: int) -> termios_entry:
-    iflag, oflag, cflag, lflag, line, cc = _TERMIOS.unpack(fcntl.ioctl(fd, request, bytes(_TERMIOS.size)))
+    iflag, oflag, cflag, lflag, line, cc = TERMIOS.unpack(fcntl.ioctl(fd, request, bytes(TERMIOS.size)))
     return termios_entry(
         c_iflag=iflag, c_oflag=oflag, c_cflag=cflag, c_lflag=lflag, c_line=line, c_ispeed=0, c_ospeed=0, c_cc=cc
     )
@@ -145,6 +152,28 @@ def _add_info(info: tty_info_entry, file: OpenFile, master: OpenFile | None, dum
             info.winsize.CopyFrom(winsize_entry(ws_row=row, ws_col=col, ws_xpixel=xpixel, ws_ypixel=ypixel))
         dump.images.add("tty-info", info)
     return info.id
+
+
+def _check_unread(file: OpenFile, master: OpenFile) -> None:
+    """Refuse what cannot be taken out and put back."""
+    size = tty_queues.unread(file.dup())
+    output = tty_queues.unread(master.dup())
+    if output and file is not master and not tty_queues.takes_output(file.dup()):
+        raise file.refuse(f"terminal with stopped and unread output ({output} bytes), cannot be moved")
+    if not size:
+        return
+    if _get(master.dup(), TIOCGPTLCK):
+        raise file.refuse(f"locked terminal with unread data ({size} bytes), cannot be moved")
+    if file.stat.st_rdev == _PTMX and _get(file.dup(), TIOCGPKT):
+        raise file.refuse(f"terminal in packet mode with unread data ({size} bytes), cannot be moved")
+    if size > tty_queues.MOST:
+        raise file.refuse(f"terminal with so much unread data ({size} bytes), cannot be moved")
+
+
+def _add_queues(index: int, queues: tty_queues.Queues, dump: FileDump) -> None:
+    for tty_id, data in ((index * 2, queues.input), (index * 2 + 1, queues.output)):
+        if data:
+            dump.images.add("tty-data", tty_data_entry(tty_id=tty_id, data=data))
 
 
 class Terminals(FileKind):
@@ -177,11 +206,18 @@ class Terminals(FileKind):
         if file.stat.st_rdev == _TTY and not session:
             raise file.refuse("/dev/tty that is no session's terminal any more, cannot be moved")
         # A running program reads what it gets: the stop will tell.
-        if files.stopped and (size := _get(file.dup(), termios.TIOCINQ)):
-            raise file.refuse(f"terminal {end} with unread data ({size} bytes), cannot be moved")
+        if files.stopped:
+            _check_unread(file, master)
 
     def begin(self, files: Sequence[OpenFile], dump: FileDump) -> None:
-        _check_controlling(dump.files, _masters(files))
+        masters = _masters(files)
+        _check_controlling(dump.files, masters)
+        slaves = {_index(file) for file in files if file.stat.st_rdev != _PTMX and not _is_hung_up(file)}
+        for index, master in masters.items():
+            if (waiting := tty_queues.unread(master.dup())) and index not in slaves:
+                raise master.refuse(f"terminal with {waiting} bytes unread and no slave open, cannot be moved")
+            if index in slaves and not _get(master.dup(), TIOCGPTLCK):
+                _add_queues(index, tty_queues.take(master.dup()), dump)
 
     def dump(self, file: OpenFile, file_id: int, dump: FileDump) -> file_entry:
         device = file.stat.st_rdev
@@ -307,7 +343,7 @@ def _make_master(entry: file_entry, info: tty_info_entry, build: FileBuild) -> i
     fd = build.adopt(entry.id, _open_master("/dev/ptmx", flags, info.pty.index))
     _set_by_pointer(fd, TIOCSPTLCK, 0)
     for request, saved in ((termios.TCSETS, info.termios), (TIOCSLCKTRMIOS, info.termios_locked)):
-        fcntl.ioctl(fd, request, _TERMIOS.pack(
+        fcntl.ioctl(fd, request, TERMIOS.pack(
             saved.c_iflag, saved.c_oflag, saved.c_cflag, saved.c_lflag, saved.c_line, bytes(saved.c_cc)
         ))  # fmt: skip
     size = info.winsize
@@ -315,6 +351,11 @@ def _make_master(entry: file_entry, info: tty_info_entry, build: FileBuild) -> i
 
     def close_doors() -> None:
         # When all slaves are open.
+        data = {item.tty_id: item.data for item in build.images.messages("tty-data", tty_data_entry)}
+        waiting = [data.get(info.pty.index * 2 + end, b"") for end in (0, 1)]
+        if any(waiting):
+            canonical = bool(info.termios.c_lflag & termios.ICANON)
+            tty_queues.put(fd, tty_queues.from_image(*waiting, canonical=canonical))
         if info.packet_mode:
             _set_by_pointer(fd, termios.TIOCPKT, 1)
         if info.exclusive:

@@ -26,15 +26,18 @@ from phaul.engine.state.files.base import (
     OpenFile,
     OpenFiles,
     inode_owners,
+    no_owner,
 )
 from phaul.engine.state.files.unix_name import StagedName
 from phaul.engine.state.files.unix_queue import SCM_CREDENTIALS, UCRED, peek_queue, send
 from phaul.errors import ImageError, RestoreError
 from phaul.images.pb.fdinfo_pb2 import fd_types, file_entry
+from phaul.images.pb.sk_opts_pb2 import sk_opts_entry
 from phaul.images.pb.sk_packet_pb2 import scm_entry, sk_packet_entry
 from phaul.images.pb.sk_unix_pb2 import file_perms_entry, unix_sk_entry
 
 SIOCUNIXFILE: Final = 0x89E0  # linux/un.h: an O_PATH descriptor of the node that a socket is bound to
+USK_EXTERN: Final = 1  # unix_sk_entry.uflags: a server outside the tree
 TYPES: Final = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
 _SHUT_READ, _SHUT_WRITE = 1, 2
 
@@ -68,6 +71,17 @@ def _node(file: OpenFile) -> _Node:
     except OSError:
         deleted = True
     return _Node(status, path.removesuffix(" (deleted)") if deleted else path, deleted)
+
+
+def _directory(file: OpenFile, name: str, path: str) -> str:
+    """The working directory in which a relative name was bound; the kernel does not tell."""
+    below = os.path.normpath(name)
+    if path.endswith(f"/{below}"):
+        return path.removesuffix(f"/{below}") or "/"
+    directory = os.readlink(f"/proc/{file.pid}/cwd")
+    if os.path.normpath(os.path.join(directory, name)) == path:
+        return directory
+    raise file.refuse(f"unix socket {name}, whose name is relative to an unknown directory, cannot be moved")
 
 
 def _is_path(name: bytes) -> bool:
@@ -116,7 +130,7 @@ class UnixSockets(FileKind):
         if here.state == TCP_LISTEN:
             self._check_waiting(file, here, files)
         elif here.peer:
-            self._check_peer(file, here, files)
+            self._check_peer(file, here, files, options)
         elif here.type != socket.SOCK_DGRAM and here.state == TCP_ESTABLISHED:
             listener = _listener_of(here, files)
             if listener is not None and listener.inode not in files.sockets:
@@ -137,21 +151,23 @@ class UnixSockets(FileKind):
         what = f"unix socket {show_name(here.name)} with a connection that is not yet accepted"
         if any(client not in files.sockets for client in here.icons):
             raise file.refuse(f"{what} and comes from outside the tree, cannot be moved")
-        if _is_path(here.name) and _node(file).deleted:
-            raise file.refuse(f"{what}, and without its node in the file system, cannot be moved")
 
     @staticmethod
-    def _check_peer(file: OpenFile, here: UnixSocket, files: OpenFiles) -> None:
+    def _check_peer(file: OpenFile, here: UnixSocket, files: OpenFiles, options: FileOptions) -> None:
         peer = files.unix.get(here.peer)
         if peer is None or here.peer not in files.sockets:
+            can_stay = peer and here.type == socket.SOCK_DGRAM and peer.name[:1] in (b"\0", b"/") and not here.rqueue
+            if can_stay and options.ext_unix_sk:
+                return
             owner = inode_owners(f"socket:[{here.peer}]", files.tables)
             name = show_name(peer.name) if peer and peer.name else ""
             to = " of ".join(text for text in (name, owner) if text) or "a process"
-            raise file.refuse(f"unix socket connected to {to}, outside the tree, cannot be moved")
+            way_out = "; with --ext-unix-sk it is connected to that name again" if can_stay else ", cannot be moved"
+            raise file.refuse(f"unix socket connected to {to}, outside the tree{way_out}")
         if peer.peer == here.inode:
             return
-        if not peer.name or (_is_path(peer.name) and _node(files.sockets[here.peer]).deleted):
-            raise file.refuse("unix socket connected to one that has no name (any more), cannot be moved")
+        if not peer.name:
+            raise file.refuse("unix socket connected to one that has no name, cannot be moved")
 
     def dump(self, file: OpenFile, file_id: int, dump: FileDump) -> file_entry:
         here = dump.files.unix[file.stat.st_ino]
@@ -177,10 +193,31 @@ class UnixSockets(FileKind):
             entry.file_perms.CopyFrom(file_perms_entry(mode=status.st_mode, uid=status.st_uid, gid=status.st_gid))
             entry.deleted = node.deleted
             if not here.name.startswith(b"/"):
-                entry.name_dir = node.path.removesuffix(os.fsdecode(here.name)).rstrip("/") or "/"
-        if here.state != TCP_LISTEN:
+                entry.name_dir = _directory(file, os.fsdecode(here.name), node.path)
+        if here.type == socket.SOCK_DGRAM or here.state == TCP_ESTABLISHED:
             self._dump_queue(file, file_id, here.rqueue, dump)
+        if here.peer and here.peer not in dump.files.sockets and dump.once((UnixSockets, here.peer)):
+            self._dump_external(dump.files.unix[here.peer], dump)
         return file_entry(type=self.type, id=file_id, usk=entry)
+
+    def _dump_external(self, sock: UnixSocket, dump: FileDump) -> None:
+        """Add a server outside the tree: what counts is its name."""
+        entry = unix_sk_entry(
+            id=dump.new_id(),
+            ino=sock.inode,
+            type=sock.type,
+            state=TCP_LISTEN,
+            flags=0,
+            uflags=USK_EXTERN,
+            backlog=0,
+            peer=0,
+            fown=no_owner(),
+            opts=sk_opts_entry(
+                so_sndbuf=0, so_rcvbuf=0, so_snd_tmo_sec=0, so_snd_tmo_usec=0, so_rcv_tmo_sec=0, so_rcv_tmo_usec=0
+            ),
+            name=_in_image(sock.name),
+        )
+        dump.add(file_entry(type=self.type, id=entry.id, usk=entry))
 
     @staticmethod
     def _dump_queue(file: OpenFile, file_id: int, rqueue: int, dump: FileDump) -> None:
@@ -237,6 +274,8 @@ class _Build:
         return self.by_inode.get(usk.peer) if usk.peer else None
 
     def create(self, usk: unix_sk_entry) -> int:
+        if usk.uflags & USK_EXTERN:
+            raise ImageError(f"files: unix socket {usk.id} is outside the tree, but a process has it")
         if usk.type not in TYPES:
             raise ImageError(f"files: unix socket of type {usk.type}")
         peer = self.peer(usk)
@@ -272,15 +311,15 @@ class _Build:
         if self.unfinished:
             return
         opened = [usk for usk in self.by_inode.values() if usk.id in self.build.fds]
-        # Names of which no node is left come first: they borrow the path for a moment.
         # A connection has the name of its listener; if that is gone, the first one gets the node.
-        listening = {usk.name for usk in opened if usk.state == TCP_LISTEN}
-        taken: set[tuple[bytes, str]] = set()
+        taken = {(usk.name, usk.name_dir) for usk in opened if usk.state == TCP_LISTEN and not usk.deleted}
         for usk in opened:
-            if _is_path(usk.name) and usk.state != TCP_LISTEN:
-                if usk.deleted or usk.name in listening or (usk.name, usk.name_dir) in taken:
+            if _is_path(usk.name) and (usk.state != TCP_LISTEN or usk.deleted):
+                place = usk.name, usk.name_dir
+                if usk.deleted or place in taken:
                     self.bind(usk, keep=False)
-                taken.add((usk.name, usk.name_dir))
+                else:
+                    taken.add(place)
         for usk in opened:
             if usk.name:
                 self.bind(usk, keep=True)
@@ -305,7 +344,7 @@ class _Build:
         return sockopts.borrowed(self.build.fds[usk.id])
 
     def bind(self, usk: unix_sk_entry, keep: bool) -> None:
-        """Give a socket its name, once; without `keep` it has no node."""
+        """Give a socket its name, once; without `keep` its node is not seen."""
         if usk.id in self.bound:
             return
         self.bound.add(usk.id)

@@ -54,19 +54,16 @@ class StagedName:
         build.on_abort(self._remove)
 
     def bind(self, bind: Callable[[bytes], object], permissions: file_perms_entry) -> None:
-        """Call `bind` with the name. The node gets permissions and owner; where it is not wanted it is removed."""
-        name = os.fsencode(self._name)
-        try:
-            _in_root(self._root, self._directory, os.path.dirname(self._name), lambda: bind(name))
-            if self._keep:
-                path = self._staged()
-                os.chown(path, permissions.uid, permissions.gid)
-                os.chmod(path, stat.S_IMODE(permissions.mode))
-                self.node = self.build.keep_until_close(os.open(path, os.O_PATH | os.O_CLOEXEC))
-                self.build.on_resume(self._move)
-        finally:
-            if self.node < 0:
-                self._remove()
+        """Call `bind` with the name. The node gets permissions and owner; an unwanted one only `address` leads to."""
+        name, path = os.fsencode(self._name), self._staged()
+        _in_root(self._root, self._directory, os.path.dirname(self._name), lambda: bind(name))
+        os.chown(path, permissions.uid, permissions.gid)
+        os.chmod(path, stat.S_IMODE(permissions.mode))
+        self.node = self.build.keep_until_close(os.open(path, os.O_PATH | os.O_CLOEXEC))
+        if self._keep:
+            self.build.on_resume(self._move)
+        else:
+            self._remove()
 
     @property
     def address(self) -> str:

@@ -28,6 +28,7 @@ class Options:
     link_remap: bool = False
     ghost_limit: int = 1 << 20
     file_locks: bool = False
+    ext_unix_sk: bool = False
 
 
 @dataclass

@@ -166,15 +166,15 @@ def io_uring() -> int:
     return ctypes.CDLL(None).syscall(425, 4, params)  # type: ignore[no-any-return]
 
 
-def inotify() -> int:
-    return ctypes.CDLL(None).inotify_init()  # type: ignore[no-any-return]
+def fanotify() -> int:
+    return ctypes.CDLL(None).fanotify_init(0, 0)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (io_uring, "io_uring, cannot be moved"),
-        (inotify, "inotify, cannot be moved"),
+        (fanotify, "fanotify, cannot be moved"),
         (lambda: native.syscall("userfaultfd", 0), "userfaultfd, cannot be moved"),
         (lambda: os.pidfd_open(os.getpid()), "pidfd, cannot be moved"),
         (lambda: os.openpty()[1], "terminal /dev/pts/[0-9]+ whose master is outside the tree, cannot be moved"),
@@ -182,7 +182,7 @@ def inotify() -> int:
         (lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).detach(), "netlink socket, cannot be moved"),
         (lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1).detach(), "raw IP socket, cannot be moved"),
     ],
-    ids=["io_uring", "inotify", "userfaultfd", "pidfd", "pty", "netns", "netlink", "raw"],
+    ids=["io_uring", "fanotify", "userfaultfd", "pidfd", "pty", "netns", "netlink", "raw"],
 )
 def test_what_nobody_claims_is_named(holder: Holder, make: Callable[[], int], reason: str) -> None:
     fd = make()

@@ -212,8 +212,7 @@ def test_tcp_close_brings_a_connection_back_closed(holder: Holder) -> None:
     with socket.socket(fileno=os.dup(built.fds[built.tables["fdinfo-1"][fd]])) as here:
         assert here.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
         assert not os.get_blocking(here.fileno())
-        with pytest.raises(OSError, match="not connected"):
-            here.recv(1)
+        assert here.recv(1) == b""
         with pytest.raises(BrokenPipeError):
             here.send(b"x")
 

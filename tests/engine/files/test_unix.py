@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +18,7 @@ import pytest
 from phaul.engine.sockdiag import unix_sockets
 from phaul.engine.state.files.unix_queue import peek_queue
 from phaul.errors import CannotMove, RestoreError
-from tests.engine.files.holding import Copy, Holder
+from tests.engine.files.holding import Copy, Holder, Options
 
 pytestmark = pytest.mark.root
 Info = Callable[[int], dict[str, str]]
@@ -319,6 +323,66 @@ def test_a_deleted_path_stays_deleted(holder: Holder, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["name"]
 
 
+def test_clients_of_a_name_that_was_removed(holder: Holder, tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("log", "server")]
+    log, client, server, waiting = unix(socket.SOCK_DGRAM), unix(socket.SOCK_DGRAM), unix(), unix()
+    log.bind(names[0])
+    client.connect(names[0])
+    client.send(b"before")
+    server.bind(names[1])
+    server.listen()
+    waiting.connect(names[1])
+    for name in names:
+        os.unlink(name)
+    given = give(holder, log, client, server, waiting)
+    holder.preflight()
+    copy = holder.copy()
+    copy.built.resume()
+    log, client, server, waiting = [opened(copy, fd) for fd in given]
+    client.send(b"after")
+    assert receive(log) == [b"before", b"after"]
+    end, _ = server.accept()
+    waiting.send(b"hello")
+    assert end.recv(10) == b"hello"
+    assert os.listdir(tmp_path) == []
+    for sock in (log, client, server, waiting, end):
+        sock.close()
+
+
+def test_a_name_relative_to_what_nobody_knows_is_refused(
+    holder: Holder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    server = unix()
+    server.bind("../name")
+    monkeypatch.undo()
+    give(holder, server)
+    with pytest.raises(CannotMove, match=r"unix socket \.\./name, whose name is relative to an unknown directory"):
+        holder.dump()
+
+
+def test_a_name_above_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    bind = "import socket, time; sock = socket.socket(socket.AF_UNIX); sock.bind('../name'); time.sleep(60)"
+    holder = Holder()
+    holder.processes.append(subprocess.Popen([sys.executable, "-c", bind], cwd=tmp_path / "work"))
+    try:
+        while not (tmp_path / "name").exists():
+            time.sleep(0.01)
+        images, _ = holder.dump()
+    finally:
+        holder.stop()
+    old = (tmp_path / "name").stat().st_ino
+    with contextlib.closing(holder.build(images)) as built:
+        built.resume()
+        assert (tmp_path / "name").stat().st_ino != old
+        (usk,) = [file.usk for file in built.entries.values() if file.HasField("usk")]
+        with socket.socket(fileno=os.dup(built.fds[usk.id])) as here:
+            assert here.getsockname() == "../name"
+    assert sorted(os.listdir(tmp_path)) == ["name", "work"]
+
+
 def test_across_two_processes(holder: Holder) -> None:
     one, two = socket.socketpair()
     one.send(b"on the way")
@@ -347,8 +411,33 @@ def test_a_server_outside_is_named(holder: Holder, tmp_path: Path) -> None:
         client = unix(socket.SOCK_DGRAM)
         client.connect(str(tmp_path / "log"))
         give(holder, client)
-        with pytest.raises(CannotMove, match=f"unix socket connected to {tmp_path}/log"):
+        with pytest.raises(CannotMove, match=f"unix socket connected to {tmp_path}/log.*; with --ext-unix-sk"):
             holder.preflight()
+
+
+@pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
+def test_clients_of_a_server_outside(holder: Holder, tmp_path: Path, abstract: bool) -> None:
+    allowed = Options(ext_unix_sk=True)
+    name = "\0" * abstract + str(tmp_path / "log")
+    with unix(socket.SOCK_DGRAM) as server:
+        server.bind(name)
+        clients = [unix(socket.SOCK_DGRAM) for _ in range(2)]
+        for client in clients:
+            client.connect(name)
+            client.send(b"before")
+        given = give(holder, *clients)
+        holder.preflight(allowed)
+        copy = holder.copy(allowed)
+        for fd in given:
+            with opened(copy, fd) as here:
+                assert os.fsencode(here.getpeername()) == os.fsencode(name)
+                here.send(b"again")
+        assert receive(server) == [b"before"] * 2 + [b"again"] * 2
+        images = copy.images
+    if not abstract:
+        os.unlink(name)
+    with pytest.raises(RestoreError, match="/log: cannot be connected to"):
+        holder.build(images)
 
 
 def test_a_connection_from_outside_that_waits_is_refused(holder: Holder, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import fcntl
 import os
-import select
 import socket
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from phaul.engine.state.files.unix_queue import Packet, peek_queue
 from phaul.errors import CannotMove
 from phaul.images.pb.fdinfo_pb2 import file_entry
-from tests.engine.files.holding import Copy, Holder
+from tests.engine.files.holding import Copy, Holder, Options
 
 pytestmark = pytest.mark.root
 
@@ -205,13 +204,13 @@ def test_a_dump_leaves_no_descriptors(holder: Holder) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_an_epoll_that_is_only_in_flight_is_refused(holder: Holder) -> None:
+def test_a_lock_on_a_file_that_is_only_in_flight_is_refused(holder: Holder, tmp_path: Path) -> None:
     one, two = socket.socketpair()
-    with select.epoll() as epoll:
-        send(one, b"x", epoll.fileno())
+    with open(tmp_path / "file", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        send(one, b"x", file.fileno())
     _, b = give(holder, one, two)
-    pid = holder.pids[0]
     holder.preflight()  # queues of a running process are not looked into
-    what = f"^descriptor in the queue of fd {b} of PID {pid}: epoll that is nowhere else"
+    what = f"^descriptor in the queue of fd {b} of PID {holder.pids[0]}: .*/file with a lock and open nowhere else"
     with pytest.raises(CannotMove, match=what):
-        holder.dump()
+        holder.dump(Options(file_locks=True))
