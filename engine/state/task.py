@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from phaul.engine.proc import Proc
 from phaul.errors import CannotMove, RestoreError
 from phaul.images.pb.core_pb2 import core_entry
+from phaul.images.pb.pstree_pb2 import pstree_entry
 
 if TYPE_CHECKING:
     from phaul.engine.batch import Batch
@@ -81,5 +82,17 @@ def restore_stop(process: SkeletonProcess, images: ImageSet) -> None:
     """Stop a process that was stopped by job control: the signal takes effect when we let go of it."""
     tc = images.one(f"core-{process.pid}", core_entry).tc
     if tc.task_state == STOPPED:
-        # The others of job control could be blocked or caught.
-        os.kill(process.pid, signal.SIGSTOP)
+        # A signal other than SIGSTOP is taken as the reason only if it will stop the process for sure.
+        number = tc.stop_signo or signal.SIGSTOP
+        proc = Proc(process.pid)
+        deaf = proc.signal_set("SigBlk") | proc.signal_set("SigIgn") | proc.signal_set("SigCgt")
+        if deaf >> number - 1 & 1 or _in_orphaned_group(process.entry, images):
+            number = signal.SIGSTOP
+        os.kill(process.pid, number)
+
+
+def _in_orphaned_group(entry: pstree_entry, images: ImageSet) -> bool:
+    """Whether nobody of the session but the group itself could continue it: terminal signals do not stop it then."""
+    tree = {other.pid: other for other in images.messages("pstree", pstree_entry)}
+    parents = [tree[other.ppid] for other in tree.values() if other.pgid == entry.pgid and other.ppid in tree]
+    return not any(parent.pgid != entry.pgid and parent.sid == entry.sid for parent in parents)
