@@ -51,21 +51,17 @@ int main(int argc, char **argv)
 	bool ending = false;
 
 	target_ready();
-	for (int turn = 0; !ending; turn++) {
+	for (int turn = 0; !ending || turn < LEVELS; turn++) {
 		int fd = PROBE + turn % 8, level = fd % LEVELS;
 
 		MUST(dup2(target_output, fd));
 		umask(0);
 		atomic_store(&meeting->asked, fd);
-		while (!ending && atomic_load(&meeting->closed[level]) != fd)
-			ending = target_ending(1);
-		if (atomic_load(&meeting->closed[level]) != fd)
-			break;
+		while (atomic_load(&meeting->closed[level]) != fd)
+			ending |= target_ending(1);
 		CHECK(fcntl(fd, F_GETFD) < 0 && errno == EBADF, "fd %d is not closed by level %d", fd, level);
 		SAME("umask", umask(0), level ? 0 : 0022);
 	}
-	for (int level = 0; level < LEVELS; level++)
-		CHECK(atomic_load(&meeting->closed[level]), "level %d never closed anything", level);
 	CHECK(fcntl(PROBE - 1, F_GETFD) >= 0, "the kept descriptor has gone");
 	target_pass();
 }

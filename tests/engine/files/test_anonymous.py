@@ -176,7 +176,7 @@ def fanotify() -> int:
         (io_uring, "io_uring, cannot be moved"),
         (fanotify, "fanotify, cannot be moved"),
         (lambda: native.syscall("userfaultfd", 0), "userfaultfd, cannot be moved"),
-        (lambda: os.pidfd_open(os.getpid()), "pidfd, cannot be moved"),
+        (lambda: os.pidfd_open(1), "pidfd of PID 1, which does not run in the tree, cannot be moved"),
         (lambda: os.openpty()[1], "terminal /dev/pts/[0-9]+ whose master is outside the tree, cannot be moved"),
         (lambda: os.open("/proc/self/ns/net", os.O_RDONLY), "network namespace, cannot be moved"),
         (lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).detach(), "netlink socket, cannot be moved"),

@@ -249,6 +249,7 @@ def test_a_connection_that_opens(move: Callable[[socket.socket], socket.socket])
     with socket.create_server(("127.0.0.1", 0)) as listener:
         far = socket.socket()
         far.bind(("127.0.0.1", 0))
+        PORTS.add(str(listener.getsockname()[1]))
         lock = NetworkLock([Connection(*far.getsockname(), *listener.getsockname())])
         far.setblocking(False)
         with pytest.raises(BlockingIOError):

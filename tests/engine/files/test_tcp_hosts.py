@@ -125,6 +125,7 @@ def locks(hosts: TwoHosts) -> int:
     return hosts.source.run(["nft", "list", "ruleset"], check=True).stdout.count("elements = ")
 
 
+@pytest.mark.slow
 def test_it_comes_back_from_images(hosts: TwoHosts, server: HostProcess, client: Client, tmp_path: Path) -> None:
     for number in range(3):
         images = tmp_path / str(number)
@@ -171,6 +172,7 @@ def test_phaul_is_killed_while_all_is_stopped(
     client.finish()
 
 
+@pytest.mark.slow
 def test_phaul_is_killed_at_any_time(hosts: TwoHosts, server: HostProcess, client: Client, tmp_path: Path) -> None:
     began = time.monotonic()
     assert hosts.source.run(dump(server.pid, tmp_path / "0", "-R"), cwd=ROOT).returncode == 0
