@@ -18,7 +18,7 @@ getppid getpriority getresgid getresuid getsid getsockopt gettid getuid inotify_
 inotify_rm_watch io_destroy io_getevents io_setup ioctl ioprio_get ioprio_set kcmp kill linkat listen
 lseek madvise membarrier memfd_create mincore mlock mlock2 mlockall mmap mount move_mount mprotect
 mremap munlock munmap nanosleep open open_by_handle_at openat openat2 personality pidfd_getfd pidfd_open
-pidfd_send_signal pipe2 poll ppoll prctl pread64 prlimit64 process_madvise process_vm_readv
+pidfd_send_signal pipe2 poll ppoll prctl pread64 prlimit64 process_vm_readv
 process_vm_writev ptrace pwrite64 read recvmsg rseq rt_sigaction rt_sigpending rt_sigprocmask
 rt_sigqueueinfo rt_sigtimedwait rt_tgsigqueueinfo sched_getaffinity sched_getattr sched_setaffinity
 sched_setattr sched_yield seccomp sendmsg set_robust_list set_tid_address setfsgid setfsuid setgid

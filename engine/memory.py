@@ -6,12 +6,9 @@ offsets in the object. No Python runs per page: a scan returns ranges, a range i
 
 from __future__ import annotations
 
-import contextlib
 import os
-import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from phaul.engine import native
 from phaul.engine.native import PAGE_FILE, PAGE_PFNZERO, PAGE_PRESENT, PAGE_SWAPPED
@@ -20,10 +17,6 @@ from phaul.engine.vmas import KERNEL_OWNED, Status, is_anonymous_shared, is_memf
 from phaul.errors import ImageError
 from phaul.images.pagemap import PageRange
 from phaul.images.pb.vma_pb2 import vma_entry
-
-HUGE_PAGE = 2 << 20  # x86-64
-_MADV_COLLAPSE = 25
-_IOVEC = struct.Struct("<QQ")
 
 IN_MEMORY = PAGE_PRESENT | PAGE_SWAPPED
 
@@ -154,49 +147,6 @@ class ProcessPages:
 
     def write(self, ranges: Sequence[PageRange], data: memoryview) -> None:
         native.vm_write(self.pid, self._mem_fd, [(item.vaddr, item.size) for item in ranges], data)
-
-
-def _huge_pages_wanted() -> bool:
-    try:
-        return "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-    except FileNotFoundError:
-        return False
-
-
-class HugePages:
-    """Gives empty anonymous memory of another process huge pages where all of one is about to be written.
-
-    The faults of 4 KiB pages cost more than all copying. MADV_COLLAPSE (Linux 6.1) makes one huge page out of
-    what is there, at once, without a lasting mark on the mapping. It wants one page to be there, so one byte of each
-    block is written first. Blocks that are not filled whole stay as they are: no page appears that was not sent. Where
-    the administrator wants no huge pages at all there are none.
-
-    Args:
-        pidfd: of the process; stays the caller's.
-        areas: private anonymous mappings, (start, end).
-    """
-
-    def __init__(self, pid: int, mem_fd: int, pidfd: int, areas: Iterable[tuple[int, int]]) -> None:
-        self._pid, self._mem_fd, self._pidfd = pid, mem_fd, pidfd
-        self._areas = sorted(areas) if _huge_pages_wanted() else []
-
-    def prepare(self, ranges: Iterable[PageRange]) -> None:
-        """Do it for the blocks that `ranges` cover whole. From any thread; a failure costs speed only."""
-        blocks = [block for item in ranges if (block := self._block(item))]
-        if not blocks:
-            return
-        heads = [(address, 1) for start, size in blocks for address in range(start, start + size, HUGE_PAGE)]
-        vector = native.buffer(b"".join(_IOVEC.pack(*block) for block in blocks))
-        with contextlib.suppress(OSError):
-            native.vm_write(self._pid, self._mem_fd, heads, bytes(len(heads)))
-            native.syscall("process_madvise", self._pidfd, vector.address, len(blocks), _MADV_COLLAPSE, 0)
-
-    def _block(self, item: PageRange) -> tuple[int, int] | None:
-        start, end = -(-item.vaddr // HUGE_PAGE) * HUGE_PAGE, item.end // HUGE_PAGE * HUGE_PAGE
-        i = bisect_right(self._areas, (start, TASK_SIZE)) - 1
-        if start >= end or i < 0 or end > self._areas[i][1]:
-            return None
-        return start, end - start
 
 
 class Bounds:

@@ -19,7 +19,7 @@ from phaul.engine import clocks, native, pstree
 from phaul.engine.batch import Batch, BatchError
 from phaul.engine.dump import IMAGE_VERSION
 from phaul.engine.inject import stop_signal
-from phaul.engine.memory import Bounds, HugePages, ProcessPages, SharedObject
+from phaul.engine.memory import Bounds, ProcessPages, SharedObject
 from phaul.engine.needed import build_id, words
 from phaul.engine.skeleton import SkeletonProcess, SkeletonThread, SkeletonTree, local_vdso
 from phaul.engine.state import fds, fs, locks, mm, registers, registry, signals, task, zombie
@@ -62,14 +62,11 @@ class _PrivateTarget:
     def __init__(self, process: SkeletonProcess) -> None:
         self._pages = ProcessPages(process.pid, process.mem_fd)
         vmas = process.mm.vmas
-        anonymous = ((v.start, v.end) for v in vmas if v.status & Status.ANON_PRIVATE)
-        self._huge = HugePages(process.pid, process.mem_fd, process.pidfd, anonymous)
         self._bounds = Bounds((v.start, v.end) for v in vmas if not v.status & KERNEL_OWNED or v.status & Status.VDSO)
         self._vdso = [(v.start, v.end) for v in vmas if v.status & Status.VDSO]
 
     def write(self, target: str, ranges: Sequence[PageRange], data: memoryview) -> None:
         self._bounds.check(target, ranges)
-        self._huge.prepare(ranges)
         if any(item.vaddr < end and start < item.end for item in ranges for start, end in self._vdso):
             for item in ranges:
                 self._write_around_vdso(item, data[: item.size])
