@@ -12,6 +12,9 @@ for name in SUBSYSTEMS:
 setup(
     packages=packages,
     package_dir={"phaul": "phaul", **{f"phaul.{name}": name for name in SUBSYSTEMS}},
-    package_data={"phaul": ["py.typed"], "phaul.engine": ["*.pyi"], "phaul.images.pb": ["*.pyi"], "phaul.pb": ["*.pyi"]},
+    package_data={
+        "phaul": ["py.typed"],
+        **{package: ["*.pyi"] for package in ("phaul.engine", "phaul.images.pb", "phaul.pb")},
+    },
     cffi_modules=["engine/_native_build.py:ffi"],
 )
