@@ -29,7 +29,7 @@ from phaul.engine.state import fds, fs, mm, registry, zombie
 from phaul.engine.state.files import memfd, regular
 from phaul.engine.state.files.base import Custody, FileDump
 from phaul.engine.state.files.ghost import GHOST_LIMIT
-from phaul.engine.vmas import Status, check, entry_of, is_anonymous_shared, is_memfd
+from phaul.engine.vmas import Status, check, entry_of, guard_entry, is_anonymous_shared, is_memfd
 from phaul.errors import DumpError, NoSuchProcess, PhaulError
 from phaul.images.imageset import ImageSet
 from phaul.images.pagemap import PageEntry, PageRange, build_pagemap
@@ -220,7 +220,8 @@ class Dump:
 
         entry.vmas.extend(entry_of(mapping, object_id) for mapping in process.maps)
         entry.exe_file_id = regular.add_path(files, process.pid, "program", f"/proc/{process.pid}/exe")
-        pages = private_pages(process.pid, process.maps, entry.vmas)
+        pages, guards = private_pages(process.pid, process.maps, entry.vmas)
+        entry.vmas.extend(guard_entry(item.vaddr, item.end) for item in guards)
         self._add_target(f"pagemap-{process.pid}", pages, ProcessPages(process.pid, process.mem_fd))
 
     def _add_target(self, name: str, pages: list[PageRange], source: ProcessPages | SharedObject) -> None:

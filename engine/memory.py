@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 
 from phaul.engine import native
-from phaul.engine.native import PAGE_FILE, PAGE_PFNZERO, PAGE_PRESENT, PAGE_SWAPPED
+from phaul.engine.native import PAGE_FILE, PAGE_GUARD, PAGE_PFNZERO, PAGE_PRESENT, PAGE_SWAPPED
 from phaul.engine.proc import PAGE_SIZE, TASK_SIZE, Mapping, Proc
 from phaul.engine.vmas import KERNEL_OWNED, Status, is_anonymous_shared, is_memfd
 from phaul.errors import ImageError
@@ -41,26 +41,39 @@ def _join(regions: Iterable[tuple[int, int]]) -> list[PageRange]:
     return [PageRange(start, (end - start) // PAGE_SIZE) for start, end in joined]
 
 
-def private_pages(pid: int, maps: Sequence[Mapping], vmas: Sequence[vma_entry]) -> list[PageRange]:
+def private_pages(
+    pid: int, maps: Sequence[Mapping], vmas: Sequence[vma_entry]
+) -> tuple[list[PageRange], list[PageRange]]:
     """Pages that only this process has: neither zero nor what its files hold. The process should be stopped.
 
     The vDSO's pages are among them, so that a restore can tell another kernel's.
+
+    Returns:
+        Pages with a content, and guard pages (MADV_GUARD_INSTALL), which have none.
     """
     fd = Proc(pid).open("pagemap")
     try:
         scanner = native.PageScanner(fd)
         found: list[tuple[int, int]] = []
+        guards: list[tuple[int, int]] = []
         for mapping, vma in zip(maps, vmas, strict=True):
             if vma.status & Status.VDSO:
                 found.append((mapping.start, mapping.end))
             if vma.status & KERNEL_OWNED or mapping.shared or mapping.start >= TASK_SIZE:
                 continue
             without = PAGE_PFNZERO | (PAGE_FILE if vma.status & Status.FILE_PRIVATE else 0)
-            if not scanner.has_scan:
-                without &= ~PAGE_PFNZERO
-            regions = scanner.scan(mapping.start, mapping.end, inverted=without, every=without, any_of=IN_MEMORY, ret=0)
-            found += [(start, end) for start, end, _ in regions]
-        return _join(found)
+            regions = scanner.scan(
+                mapping.start,
+                mapping.end,
+                inverted=without & scanner.known,
+                every=without & scanner.known,
+                any_of=IN_MEMORY,
+                ret=PAGE_GUARD & scanner.known,
+            )
+            for start, end, categories in regions:
+                # A guard page is a marker where a swapped page's place would be.
+                (guards if categories & PAGE_GUARD else found).append((start, end))
+        return _join(found), _join(guards)
     finally:
         os.close(fd)
 

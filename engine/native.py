@@ -7,6 +7,7 @@ engine/native/*.c.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Sequence
@@ -257,14 +258,24 @@ class PageScanner:
     """Which pages of a range fall into which categories: PAGEMAP_SCAN, or reading pagemap where that is missing.
 
     Reading knows only PRESENT, SWAPPED, FILE and SOFT_DIRTY: zero pages then count as present.
+
+    Attributes:
+        has_scan: whether it is PAGEMAP_SCAN.
+        known: the categories that can be asked for.
     """
 
     def __init__(self, pagemap_fd: int) -> None:
         self._fd = pagemap_fd
         self._regions = ffi.new("struct ph_region[]", MAX_REGIONS)
         self._walk_end = ffi.new("uint64_t *")
-        probe = lib.ph_pagemap_scan(pagemap_fd, 0, 0, 0, ffi.new("uint64_t[4]"), ffi.NULL, 0, self._walk_end)
-        self.has_scan = probe != -25  # ENOTTY
+        self.has_scan = self._probe(0) != -errno.ENOTTY
+        self.known = PAGE_PRESENT | PAGE_SWAPPED | PAGE_FILE
+        if self.has_scan:
+            self.known |= PAGE_PFNZERO | (PAGE_GUARD if self._probe(PAGE_GUARD) >= 0 else 0)
+
+    def _probe(self, categories: int) -> int:
+        masks = ffi.new("uint64_t[4]", [0, 0, 0, categories])
+        return int(lib.ph_pagemap_scan(self._fd, 0, 0, 0, masks, ffi.NULL, 0, self._walk_end))
 
     def scan(
         self,

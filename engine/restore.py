@@ -25,7 +25,7 @@ from phaul.engine.skeleton import SkeletonProcess, SkeletonThread, SkeletonTree,
 from phaul.engine.state import fds, fs, locks, mm, registers, registry, signals, task, zombie
 from phaul.engine.state.files import memfd, tty
 from phaul.engine.state.files.base import BuildOptions, FileBuild
-from phaul.engine.vmas import KERNEL_OWNED, Status, lock_all, map_all
+from phaul.engine.vmas import KERNEL_OWNED, Status, guard_all, lock_all, map_all
 from phaul.errors import ImageError, NotPermitted, PhaulError, RestoreError
 from phaul.images.imageset import ImageSet
 from phaul.images.pagemap import PageRange, parse_pagemap
@@ -62,7 +62,8 @@ class _PrivateTarget:
     def __init__(self, process: SkeletonProcess) -> None:
         self._pages = ProcessPages(process.pid, process.mem_fd)
         vmas = process.mm.vmas
-        self._bounds = Bounds((v.start, v.end) for v in vmas if not v.status & KERNEL_OWNED or v.status & Status.VDSO)
+        closed = KERNEL_OWNED & ~Status.VDSO | Status.GUARD
+        self._bounds = Bounds((v.start, v.end) for v in vmas if not v.status & closed)
         self._vdso = [(v.start, v.end) for v in vmas if v.status & Status.VDSO]
 
     def write(self, target: str, ranges: Sequence[PageRange], data: memoryview) -> None:
@@ -271,6 +272,7 @@ class Restore:
         assert self._tree is not None
         call = process.batch()
         fs.restore_process(process, call, files)
+        guard_all(call, process.mm.vmas)
         lock_all(call, process.mm.vmas)
         self._run(call, [locks.restore_process(process, call, self.images)])
         self._tree.add_threads(process)

@@ -35,6 +35,7 @@ class Status(enum.IntFlag):
     ANON_PRIVATE = 1 << 9
     VVAR = 1 << 12
     MEMFD = 1 << 14
+    GUARD = 1 << 16
 
 
 KERNEL_OWNED: Final = Status.VSYSCALL | Status.VDSO | Status.VVAR
@@ -46,6 +47,8 @@ _KERNEL_NAMES = {
     b"[vvar_vclock]": Status.VVAR | Status.ANON_PRIVATE | Status.REGULAR,
     b"[vsyscall]": Status.VSYSCALL | Status.ANON_PRIVATE,
 }
+
+_MADV_GUARD_INSTALL = 102
 
 # VmFlags of smaps -> madvise(2) advice that sets them again.
 _ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
@@ -134,6 +137,11 @@ def entry_of(mapping: Mapping, object_id: Callable[[Mapping, int], int]) -> vma_
     )  # fmt: skip
 
 
+def guard_entry(start: int, end: int) -> vma_entry:
+    """The entry of guard pages (MADV_GUARD_INSTALL) inside of a mapping; such entries stand behind all others."""
+    return vma_entry(start=start, end=end, pgoff=0, shmid=0, prot=0, flags=0, status=int(Status.GUARD), fd=-1)
+
+
 def map_all(call: Batch, vmas: Iterable[vma_entry], path_of: Callable[[vma_entry], str | None]) -> None:
     """Add the calls that make all mappings, empty, with their final protection.
 
@@ -143,7 +151,7 @@ def map_all(call: Batch, vmas: Iterable[vma_entry], path_of: Callable[[vma_entry
     """
     opened: dict[tuple[str, int], Result] = {}
     for vma in vmas:
-        if vma.status & KERNEL_OWNED:
+        if vma.status & (KERNEL_OWNED | Status.GUARD):
             continue
         path = path_of(vma)
         fd: Result | int = -1
@@ -160,6 +168,13 @@ def map_all(call: Batch, vmas: Iterable[vma_entry], path_of: Callable[[vma_entry
                 call.madvise(vma.start, vma.end - vma.start, advice)
     for fd in opened.values():
         call.close(fd)
+
+
+def guard_all(call: Batch, vmas: Iterable[vma_entry]) -> None:
+    """Add the calls that install guard pages: after the pages around them have come."""
+    for vma in vmas:
+        if vma.status & Status.GUARD:
+            call.madvise(vma.start, vma.end - vma.start, _MADV_GUARD_INSTALL)
 
 
 def lock_all(call: Batch, vmas: Iterable[vma_entry]) -> None:

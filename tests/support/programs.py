@@ -41,6 +41,7 @@ CASES: tuple[tuple[str, ...], ...] = (
     ("file_locks",),
     ("files_deleted",),
     ("inotify",),
+    ("guard_pages",),
     ("mem_kinds",),
     ("mem_shared",),
     ("mem_vmas",),
