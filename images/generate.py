@@ -24,8 +24,12 @@ COMPILER_VERSION = "1.85.1"
 HERE = Path(__file__).parent
 
 
-def compile_schemas(output: Path) -> list[Path]:
+def compile_schemas(output: Path, package: Path = HERE, virtual_root: str = VIRTUAL_ROOT) -> list[Path]:
     """Compiles every schema; returns the `*_pb2.py` and `*_pb2.pyi` files below `output`.
+
+    Args:
+        package: the folder that has the schemas, in `proto/`.
+        virtual_root: where they seem to lie for the compiler.
 
     Raises:
         RuntimeError: another version of the compiler is installed, or a schema is wrong (the
@@ -33,26 +37,26 @@ def compile_schemas(output: Path) -> list[Path]:
     """
     if (found := metadata.version(COMPILER)) != COMPILER_VERSION:
         raise RuntimeError(f"needs {COMPILER} {COMPILER_VERSION}, found {found}")
-    schemas = sorted(path.name for path in (HERE / "proto").glob("*.proto"))
+    schemas = sorted(path.name for path in (package / "proto").glob("*.proto"))
     status = subprocess.call(
         [
             *(sys.executable, "-m", "grpc_tools.protoc"),
-            f"-I{VIRTUAL_ROOT}={HERE / 'proto'}",
+            f"-I{virtual_root}={package / 'proto'}",
             f"--python_out={output}",
             f"--pyi_out={output}",
-            *(f"{VIRTUAL_ROOT}/{name}" for name in schemas),
+            *(f"{virtual_root}/{name}" for name in schemas),
         ]
     )
     if status:
         raise RuntimeError(f"the protobuf compiler failed with status {status}")
-    return sorted((output / VIRTUAL_ROOT).iterdir())
+    return sorted((output / virtual_root).iterdir())
 
 
-def main() -> None:
-    """Replaces the generated files of this checkout."""
-    target = HERE / "pb"
+def main(package: Path = HERE, virtual_root: str = VIRTUAL_ROOT) -> None:
+    """Replaces the generated files of this checkout; arguments as in `compile_schemas`."""
+    target = package / "pb"
     with tempfile.TemporaryDirectory() as scratch:
-        generated = {path.name: path for path in compile_schemas(Path(scratch))}
+        generated = {path.name: path for path in compile_schemas(Path(scratch), package, virtual_root)}
         for name, path in generated.items():
             (target / name).write_bytes(path.read_bytes())
     for old in target.glob("*_pb2.py*"):
