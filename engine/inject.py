@@ -6,7 +6,8 @@ batch. Nothing but one SETREGSET starts it. If we die at any moment, the code ru
 scratch, restores mask and registers, and the task goes on where it was; what stays are some bytes in the
 tail of a page that nothing reads.
 
-**In a skeleton** code and scratch are the two segments of the stub (native/skeleton.c), and the task dies with us.
+**In a skeleton** code and scratch lie side by side in a gap of all address spaces of the tree (phaul.engine.skeleton),
+and the task dies with us.
 """
 
 from __future__ import annotations
