@@ -1,4 +1,4 @@
-"""A program from outside: Debian's redis-server through dump and restore, checked by its own client."""
+"""Programs that nobody wrote for phaul through dump and restore: redis-server with its client, a threaded Python."""
 
 from __future__ import annotations
 
@@ -65,3 +65,51 @@ def test_redis_goes_on(redis: tuple[int, Path], tmp_path: Path) -> None:
         assert client(socket, "SET", "after", "the move") == "OK"
         assert client(socket, "GET", "after") == "the move"
         assert f"process_id:{pid}" in client(socket, "INFO", "server")
+
+
+COUNTING = """
+import threading, time
+from itertools import count
+lock, numbers = threading.Lock(), count()
+def work():
+    while True:
+        with lock:
+            print(next(numbers), flush=True)
+        time.sleep(0.002)
+for _ in range(4):
+    threading.Thread(target=work).start()
+"""
+
+
+def wait_for_lines(output: Path, number: int) -> None:
+    deadline = time.monotonic() + 20
+    while output.read_text().count("\n") < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_threaded_python_goes_on(tmp_path: Path) -> None:
+    output, images = tmp_path / "output", tmp_path / "images"
+    images.mkdir()
+    with output.open("w") as stdout:
+        null = subprocess.DEVNULL
+        command = ["/usr/bin/python3", "-c", COUNTING]
+        process = subprocess.Popen(command, stdin=null, stdout=stdout, stderr=null, start_new_session=True)
+    try:
+        wait_for_lines(output, 100)
+        with EngineThread() as engine:
+            for _ in range(3):
+                engine.call(dump_tree, process.pid, images)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(process.pid, 0)
+                before = output.read_text().count("\n")
+                engine.call(restore_tree, images)
+                wait_for_lines(output, before + 100)
+        numbers = [int(line) for line in output.read_text().rpartition("\n")[0].split()]
+        assert numbers == list(range(len(numbers)))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(process.pid, 0)
+        process.returncode = 0
