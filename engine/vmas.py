@@ -68,6 +68,7 @@ _DEVICES = (
     b"anon_inode:",
     b"socket:",
     b"/SYSV",
+    b"/[aio]",
     b"/anon_hugepage",
     b"/memfd:secretmem",
     b"/secretmem",
@@ -96,7 +97,7 @@ def check(pid: int, mapping: Mapping) -> None:
     for flag, what in _REFUSED.items():
         if flag in mapping.flags:
             raise CannotMove(pid, resource, f"{what}, cannot be moved")
-    if mapping.path.startswith(_DEVICES) or mapping.path in (b"[uprobes]", b"[aio]", b"/[aio]"):
+    if mapping.path.startswith(_DEVICES) or mapping.path in (b"[uprobes]", b"[aio]"):
         raise CannotMove(pid, resource, "cannot be moved")
 
 

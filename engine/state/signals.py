@@ -36,7 +36,7 @@ def dump_process(process: SourceProcess, call: Batch, images: ImageSet) -> Itera
     """Fills tc.sigactions and tc.signals_s.
 
     Raises:
-        CannotMove: a SIGSTOP is pending.
+        CannotMove: a SIGSTOP is pending that has not stopped the process yet.
     """
     del images
     room = call.space(_ACTION.size * len(NUMBERS))
@@ -46,14 +46,14 @@ def dump_process(process: SourceProcess, call: Batch, images: ImageSet) -> Itera
     for handler, flags, restorer, mask in _ACTION.iter_unpack(room.bytes()):
         process.core.tc.sigactions.add(sigaction=handler, flags=flags, restorer=restorer, mask=mask)
     queue = native.pending_signals(process.threads[0].tid, shared=True)
-    _encode_queue(queue, process.core.tc.signals_s, process.pid)
+    _encode_queue(queue, process.core.tc.signals_s, process)
 
 
 def dump_thread(thread: SourceThread, call: Batch, core: core_entry) -> Iterator[None]:
     """Fills sas, signals_p and the masks.
 
     Raises:
-        CannotMove: a SIGSTOP is pending.
+        CannotMove: a SIGSTOP is pending that has not stopped the process yet.
     """
     stack = call.space(_STACK.size)
     call.sigaltstack(0, stack)
@@ -66,7 +66,7 @@ def dump_thread(thread: SourceThread, call: Batch, core: core_entry) -> Iterator
     if thread.tid == thread.process.pid:
         core.tc.blk_sigset = thread.regs.sigmask
     queue = native.pending_signals(thread.tid, shared=False)
-    _encode_queue(queue, core.thread_core.signals_p, thread.process.pid)
+    _encode_queue(queue, core.thread_core.signals_p, thread.process)
 
 
 def restore_process(process: SkeletonProcess, call: Batch, images: ImageSet) -> None:
@@ -118,11 +118,13 @@ def pending_anywhere(images: ImageSet) -> int:
     return mask
 
 
-def _encode_queue(queue: list[bytes], entry: signal_queue_entry, pid: int) -> None:
+def _encode_queue(queue: list[bytes], entry: signal_queue_entry, process: SourceProcess) -> None:
     entry.SetInParent()
     for info in queue:
         if _signo(info) == SIGSTOP:
-            raise CannotMove(pid, "pending SIGSTOP", "a process that is being stopped cannot be moved")
+            if process.stop_signal:
+                continue  # it is stopped, and will be
+            raise CannotMove(process.pid, "pending SIGSTOP", "a process that is being stopped cannot be moved")
         entry.signals.add(siginfo=info)
 
 

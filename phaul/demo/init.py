@@ -21,6 +21,7 @@ when the creator is gone, by whatever death: its pidfd becomes readable.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -31,6 +32,8 @@ import sys
 from typing import Any
 
 _MAX_MESSAGE = 1 << 20
+_NR_RT_SIGACTION = 13
+_SIGACTION_SIZE = 32
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
@@ -42,6 +45,9 @@ def _become(spec: dict[str, Any]) -> None:
     # a shell's background job SIGINT and SIGQUIT.
     for caught in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(caught, signal.SIG_DFL)
+    # posix_spawn(3) of glibc, as make uses it, leaves glibc's own signals ignored, and signal(2) hides them.
+    for own in (32, 33):
+        ctypes.CDLL(None).syscall(_NR_RT_SIGACTION, own, bytes(_SIGACTION_SIZE), None, 8)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.chdir(spec["cwd"])
     stdin = os.open(spec["stdin"], os.O_RDONLY)
