@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Protocol
 
 from phaul.engine import native
@@ -77,6 +77,23 @@ class Result:
 
     def __repr__(self) -> str:
         return f"<result of call {self._index}>"
+
+
+def run_steps(call: Batch, steps: Iterable[Iterator[None] | None]) -> None:
+    """Run state functions around one batch: up to their `yield`, then the batch, then their rest.
+
+    Args:
+        steps: generators, or None of a function that only added calls. Each is made only when those before it have
+            added their calls: their order matters.
+
+    Raises:
+        BatchError: a call of the batch failed.
+    """
+    waiting = [step for step in steps if step is not None and next(step, call) is not call]
+    call.run()
+    for step in waiting:
+        for _ in step:
+            raise RuntimeError("a state function yields once")
 
 
 class Runner(Protocol):

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from phaul.engine import clocks, pstree
-from phaul.engine.batch import Batch, BatchError
+from phaul.engine.batch import BatchError, run_steps
 from phaul.engine.memory import ProcessPages, SharedObject, private_pages, shared_objects, shmem_id
 from phaul.engine.needed import NeededFile, build_id, needed_by, words
 from phaul.engine.proc import Mapping, Proc
@@ -143,11 +143,6 @@ class Dump:
         self._custody: list[Custody] = []
         self._targets: dict[str, tuple[list[PageRange], ProcessPages | SharedObject]] = {}
 
-    @property
-    def frozen_seconds(self) -> float:
-        """Time since the freeze began."""
-        return time.monotonic() - self.tree.frozen_at
-
     def freeze(self) -> None:
         """Stop all tasks. On any error everything goes on as before; see `SourceTree.freeze`."""
         self.tree.freeze()
@@ -205,7 +200,10 @@ class Dump:
                 steps += [module.dump_process(process, call, self.images) for module in modules]
             modules = [module for module in registry.THREAD if hasattr(module, "dump_thread")]
             steps += [module.dump_thread(thread, call, thread.core) for module in modules]
-            run_steps(call, steps)
+            try:
+                run_steps(call, steps)
+            except BatchError as error:
+                raise DumpError(str(error)) from error
             self.images.add(f"core-{thread.tid}", thread.core)
 
     def _collect_memory(self, process: SourceProcess, files: FileDump) -> None:
@@ -307,19 +305,3 @@ class Dump:
             if isinstance(source, SharedObject):
                 source.close()
         self._targets.clear()
-
-
-def run_steps(call: Batch, steps: Sequence[Iterator[None]]) -> None:
-    """Run state functions around one batch: up to their `yield`, then the batch, then their rest.
-
-    Raises:
-        DumpError: a call of the batch failed.
-    """
-    waiting = [step for step in steps if next(step, call) is not call]
-    try:
-        call.run()
-    except BatchError as error:
-        raise DumpError(str(error)) from error
-    for step in waiting:
-        for _ in step:
-            raise RuntimeError("a state function yields once")

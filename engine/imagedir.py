@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 
 from phaul.engine.dump import Dump
-from phaul.engine.memory import split
 from phaul.engine.restore import Restore, RestoreOptions
 from phaul.errors import DumpError, ImageError
 from phaul.images.imageset import begin_directory, read_directory, write_directory
-from phaul.images.pagemap import PageFlags, parse_pagemap
+from phaul.images.pagemap import PageFlags, parse_pagemap, split
 
 CHUNK = 4 << 20
 

@@ -48,6 +48,8 @@ def stop_signal(taken: int) -> int:
 
 
 def signed(word: int) -> int:
+    """A register as the signed number that it may be."""
+    word &= (1 << 64) - 1
     return word - (1 << 64) if word >> 63 else word
 
 

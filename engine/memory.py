@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from phaul.engine import native
 from phaul.engine.native import PAGE_FILE, PAGE_GUARD, PAGE_PFNZERO, PAGE_PRESENT, PAGE_SWAPPED
@@ -176,21 +176,3 @@ class Bounds:
             i = bisect_right(self._starts, item.vaddr) - 1
             if i < 0 or item.end > self._ends[i]:
                 raise ImageError(f"{target}: pages at {item.vaddr:#x} are outside of every mapping")
-
-
-def split(ranges: Iterable[PageRange], limit: int, most: int = 4096) -> Iterator[list[PageRange]]:
-    """Cut ranges into lists of at most `limit` bytes and `most` ranges, in order."""
-    chunk: list[PageRange] = []
-    room = limit // PAGE_SIZE
-    left = room
-    for item in ranges:
-        vaddr, pages = item.vaddr, item.nr_pages
-        while pages:
-            take = min(pages, left)
-            chunk.append(PageRange(vaddr, take))
-            vaddr, pages, left = vaddr + take * PAGE_SIZE, pages - take, left - take
-            if not left or len(chunk) == most:
-                yield chunk
-                chunk, left = [], room
-    if chunk:
-        yield chunk

@@ -19,13 +19,10 @@ from phaul.engine._native import ffi, lib
 
 STOP_ON_ERROR: Final = lib.PH_STOP_ON_ERROR
 RESULT_IN_RBX: Final = lib.PH_RESULT_IN_RBX
-LIST_MAX: Final = lib.PH_LIST_MAX
 
 # ptrace(2) requests and options (linux/ptrace.h).
 PTRACE_CONT: Final = 7
 PTRACE_DETACH: Final = 17
-PTRACE_SETSIGINFO: Final = 0x4203
-PTRACE_LISTEN: Final = 0x4208
 O_TRACESYSGOOD: Final = 1 << 0
 O_TRACEFORK: Final = 1 << 1
 O_TRACEVFORK: Final = 1 << 2
@@ -42,14 +39,10 @@ KCMP_SIGHAND: Final = 4
 KCMP_EPOLL_TFD: Final = 7
 
 # PAGEMAP_SCAN categories (linux/fs.h, Documentation/admin-guide/mm/pagemap.rst).
-PAGE_WPALLOWED: Final = 1
-PAGE_WRITTEN: Final = 2
 PAGE_FILE: Final = 4
 PAGE_PRESENT: Final = 8
 PAGE_SWAPPED: Final = 16
 PAGE_PFNZERO: Final = 32
-PAGE_HUGE: Final = 64
-PAGE_SOFT_DIRTY: Final = 128
 PAGE_GUARD: Final = 256
 
 REGISTERS: Final = (
@@ -162,11 +155,6 @@ def wait(tid: int, timeout: float | None = None) -> int:
     status = ffi.new("int32_t *")
     _check(lib.ph_wait(tid, -1 if timeout is None else int(timeout * 1000), status), f"wait {tid}")
     return int(status[0])
-
-
-def interrupt_again(tid: int) -> None:
-    """Bring a stopped tracee to a PTRACE_EVENT_STOP without running it."""
-    _check(lib.ph_interrupt_again(tid), f"interrupt task {tid}")
 
 
 def pending_signals(tid: int, shared: bool) -> list[bytes]:

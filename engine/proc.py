@@ -110,11 +110,6 @@ class Proc:
     def comm(self) -> bytes:
         return self.read("comm").rstrip(b"\n")
 
-    @property
-    def start_time(self) -> int:
-        """Clock ticks after boot: with the PID it names a process for good."""
-        return int(self.stat[22])
-
     def signal_set(self, name: str) -> int:
         """SigPnd, ShdPnd, SigBlk, SigIgn or SigCgt as a bit mask (bit 0: signal 1)."""
         return int(self.status[name], 16)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from phaul.engine import clocks, native, pstree
-from phaul.engine.batch import Batch, BatchError
+from phaul.engine.batch import Batch, BatchError, run_steps
 from phaul.engine.dump import IMAGE_VERSION
 from phaul.engine.inject import stop_signal
 from phaul.engine.memory import Bounds, ProcessPages, SharedObject
@@ -292,18 +292,10 @@ class Restore:
         self._run(call, (module.restore_thread(thread, call, core) for module in modules))
 
     def _run(self, call: Batch, steps: Iterable[Iterator[None] | None]) -> None:
-        """Run state functions around one batch; see `phaul.engine.dump.run_steps`.
-
-        Each is made only when those before it have added their calls: their order matters.
-        """
-        waiting = [step for step in steps if step is not None and next(step, call) is not call]
         try:
-            call.run()
+            run_steps(call, steps)
         except BatchError as error:
             raise RestoreError(f"cannot be rebuilt: {error}") from error
-        for step in waiting:
-            for _ in step:
-                raise RuntimeError("a state function yields once")
 
     def resume(self) -> None:
         """Let the tree run. From here on it is not ours any more."""

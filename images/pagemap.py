@@ -184,3 +184,28 @@ def _check(name: str, entry: PageEntry, position: int) -> None:
         raise ImageError(f"{name}: {pages.vaddr:#x} is nowhere")
     if PageFlags.PARENT in entry.flags and entry.flags != PageFlags.PARENT:
         raise ImageError(f"{name}: {pages.vaddr:#x} is in the parent and also here")
+
+
+def split(ranges: Iterable[PageRange], limit: int, most: int = 1024) -> Iterator[list[PageRange]]:
+    """Cuts ranges into lists that fit into a buffer.
+
+    Args:
+        limit: bytes of pages in a list, a multiple of `PAGE_SIZE`.
+        most: ranges in a list (1024: IOV_MAX).
+
+    Yields:
+        Lists, not empty, with all pages in the order given.
+    """
+    chunk: list[PageRange] = []
+    room = left = limit // PAGE_SIZE
+    for item in ranges:
+        vaddr, pages = item.vaddr, item.nr_pages
+        while pages:
+            take = min(pages, left)
+            chunk.append(PageRange(vaddr, take))
+            vaddr, pages, left = vaddr + take * PAGE_SIZE, pages - take, left - take
+            if not left or len(chunk) == most:
+                yield chunk
+                chunk, left = [], room
+    if chunk:
+        yield chunk

@@ -20,7 +20,7 @@ from __future__ import annotations
 import enum
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import xxhash
@@ -34,8 +34,6 @@ TOKEN_SIZE = 16
 
 PAGE_SIZE = 4096
 MAX_DATA = 4 << 20
-# Pages of a huge page (x86-64: 2 MiB).
-HUGE_PAGES = 512
 # One page a range is the worst case; 1024 is also the limit of an iovec (IOV_MAX, readv(2)).
 MAX_RANGES = MAX_DATA // PAGE_SIZE
 
@@ -338,39 +336,3 @@ class FrameChecker:
         if total * PAGE_SIZE != data_size:
             raise self.error(f"{total} pages announced, {data_size} bytes of data")
         return ranges
-
-
-def split(ranges: Iterable[PageRange], max_data: int) -> Iterator[Sequence[PageRange]]:
-    """Cut ranges into the lists that go into one frame each.
-
-    A range that has to be cut is cut where a huge page may end, if that is possible, so that
-    the receiver gets all that a huge page holds in one frame.
-
-    Args:
-        ranges: any number, of any size.
-        max_data: bytes of data a frame, a multiple of PAGE_SIZE, at most MAX_DATA.
-
-    Yields:
-        At most MAX_RANGES ranges with at most `max_data` bytes in all, in the order given.
-    """
-    room = max_data // PAGE_SIZE
-    batch: list[PageRange] = []
-    left = room
-    for item in ranges:
-        vaddr, pages = item.vaddr, item.nr_pages
-        while pages:
-            take = min(pages, left)
-            if take < pages:
-                take = _cut_aligned(vaddr // PAGE_SIZE, take)
-            batch.append(PageRange(vaddr, take))
-            vaddr, pages, left = vaddr + take * PAGE_SIZE, pages - take, left - take
-            if not left or pages or len(batch) == MAX_RANGES:
-                yield batch
-                batch, left = [], room
-    if batch:
-        yield batch
-
-
-def _cut_aligned(page: int, take: int) -> int:
-    end = (page + take) // HUGE_PAGES * HUGE_PAGES
-    return end - page if end > page else take

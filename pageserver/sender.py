@@ -7,12 +7,13 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from phaul.errors import PeerError
-from phaul.images.pagemap import PageRange
+from phaul.images.pagemap import PageRange, split
 from phaul.pageserver import pipeline
 from phaul.pageserver.frames import (
     ANSWER_SIZE,
     HEADER_SIZE,
     MAX_DATA,
+    MAX_RANGES,
     PAGE_SIZE,
     Header,
     Kind,
@@ -23,7 +24,6 @@ from phaul.pageserver.frames import (
     pack_end,
     pack_ranges,
     seal,
-    split,
 )
 from phaul.pageserver.pipeline import FrameBuffer
 from phaul.transport.endpoint import Endpoint
@@ -145,7 +145,7 @@ class PageSender:
 
     def _plan(self, targets: Targets) -> Iterator[tuple[str, Sequence[PageRange]]]:
         for target, ranges in targets:
-            for chunk in split(ranges, self._frame_data):
+            for chunk in split(ranges, self._frame_data, MAX_RANGES):
                 yield target, chunk
 
     def _fill(self, buffer: FrameBuffer, target: str, ranges: Sequence[PageRange]) -> tuple[memoryview, int]:

@@ -68,7 +68,6 @@ long ph_syscall(long nr, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_
 int ph_stop(const int32_t *tids, size_t n, uint64_t options, int32_t *statuses);
 int ph_wait(int32_t tid, int timeout_ms, int32_t *status);
 int ph_ptrace(int request, int32_t tid, uint64_t addr, uint64_t data);
-int ph_interrupt_again(int32_t tid);
 int ph_get_regs(int32_t tid, struct ph_regs *ret);
 int ph_set_regs(int32_t tid, const struct ph_regs *regs);
 int ph_set_gpr(int32_t tid, const uint8_t *gpr);

@@ -113,7 +113,7 @@ int ph_stop(const int32_t *tids, size_t n, uint64_t options, int32_t *statuses)
 }
 
 /* From a stop of any kind to a PTRACE_EVENT_STOP, without running one instruction of the task. */
-int ph_interrupt_again(int32_t tid)
+static int interrupt_again(int32_t tid)
 {
 	int32_t status;
 	int ret = ph_ptrace(PTRACE_INTERRUPT, tid, 0, 0);
@@ -257,7 +257,7 @@ int ph_run(struct ph_run *run, const uint8_t *gpr)
 			if (ret < 0)
 				return ret;
 			if (ret)
-				return ph_interrupt_again(run->tid);
+				return interrupt_again(run->tid);
 		} else if (!event && sig == run->stop_signal && at_marker(run->tid, run->marker) == 1) {
 			return 0;
 		} else if (!event && run->n_held < PH_LIST_MAX) {
@@ -289,7 +289,7 @@ int ph_leave(int32_t tid, const uint8_t *gpr)
 	if (ret == 0)
 		ret = ph_get_gpr(tid, (uint8_t *)&regs);
 	if (ret == 0)
-		ret = ph_interrupt_again(tid);
+		ret = interrupt_again(tid);
 	return ret < 0 ? ret : (int)regs.rax;
 }
 

@@ -20,7 +20,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from phaul.engine import native
-from phaul.engine.inject import INTERRUPTED_BY_STOP
+from phaul.engine.inject import INTERRUPTED_BY_STOP, signed
 from phaul.engine.native import Registers
 from phaul.engine.proc import PAGE_SIZE, Proc
 from phaul.errors import CannotMove, ImageError, NoSuchProcess, RestoreError
@@ -114,8 +114,8 @@ def encode(registers: Registers, core: core_pb2.core_entry, pid: int, tid: int) 
     for name in ("ds", "es", "fs", "gs"):
         if gpr[name] not in (0, USER_DS):
             raise CannotMove(pid, f"segment {name}={gpr[name]:#x} of thread {tid}", "cannot be moved")
-    code = _signed(gpr["ax"])
-    if _signed(gpr["orig_ax"]) >= 0 and code in _CODES:
+    code = signed(gpr["ax"])
+    if signed(gpr["orig_ax"]) >= 0 and code in _CODES:
         gpr |= {"ax": gpr["orig_ax"], "orig_ax": code & _MASK, "ip": gpr["ip"] - _SYSCALL_LENGTH}
     entry = core.thread_info.gpregs
     for name, value in gpr.items():
@@ -136,7 +136,7 @@ def decode(core: core_pb2.core_entry, tid: int) -> Registers:
     if core.mtype != core_pb2.core_entry.X86_64 or core.thread_info.gpregs.mode != core_x86_pb2.NATIVE:
         raise ImageError(f"core-{tid}: registers of another architecture")
     gpr = {name: getattr(core.thread_info.gpregs, name) for name in native.REGISTERS}
-    code = _signed(gpr["orig_ax"])
+    code = signed(gpr["orig_ax"])
     if code in _CODES:
         gpr |= {"orig_ax": gpr["ax"], "ax": code & _MASK, "ip": gpr["ip"] + _SYSCALL_LENGTH & _MASK}
     mask = core.thread_core.blk_sigset if core.thread_core.HasField("blk_sigset") else core.tc.blk_sigset
@@ -157,7 +157,7 @@ def restartable(registers: Registers, code: bytes) -> Registers:
     Args:
         code: the bytes before registers.gpr["ip"], the `syscall` instruction last.
     """
-    number, result = _signed(registers.gpr["orig_ax"]), _signed(registers.gpr["ax"])
+    number, result = signed(registers.gpr["orig_ax"]), signed(registers.gpr["ax"])
     if number < 0:
         return registers
     if result in (*_CODES, ERESTART_RESTARTBLOCK) and number == _NR_RESTART_SYSCALL:
@@ -247,8 +247,3 @@ def _layout() -> dict[int, tuple[int, int]]:
 
 def _bits(mask: int) -> Iterator[int]:
     return (number for number in range(mask.bit_length()) if mask >> number & 1)
-
-
-def _signed(word: int) -> int:
-    word &= _MASK
-    return word - (1 << 64) if word >> 63 else word

@@ -281,9 +281,14 @@ class Host:
             raise
         return sock
 
+    @property
+    def proc(self) -> Path:
+        """The host's own /proc, in which processes have their PIDs inside the host."""
+        return Path("/proc", str(self.init_pid), "root", "proc")
+
     def pids(self) -> list[int]:
         """All PIDs that are taken in the host, zombies too; without init's own."""
-        names = os.listdir(f"/proc/{self.init_pid}/root/proc")
+        names = os.listdir(self.proc)
         return sorted(int(name) for name in names if name.isdigit() and name != "1")
 
     def shape(self, rate_bits: int | None) -> None:

@@ -97,7 +97,7 @@ def demo(keys: int, say: Callable[[str], None]) -> Report:
 
         say("checking")
         with Redis(destination.connect(destination.address, REDIS_PORT)) as redis:
-            status = Path(f"/proc/{destination.init_pid}/root/proc/{server.pid}/status").read_text()
+            status = (destination.proc / str(server.pid) / "status").read_text()
             checks = {
                 "all data is the same (DEBUG DIGEST)": redis.command("DEBUG", "DIGEST") == before,
                 f"{keys:,} keys": redis.command("DBSIZE") == str(keys),

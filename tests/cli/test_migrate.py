@@ -15,7 +15,7 @@ import pytest
 from phaul.demo.hosts import Host, HostProcess, TwoHosts
 from phaul.errors import RestoreError
 from tests.cli.run import PHAUL, ROOT, Done, assert_error
-from tests.support.programs import Target
+from tests.support.programs import COUNTING, Target
 from tests.support.visible import difference, visible_tree
 
 pytestmark = pytest.mark.root
@@ -47,6 +47,16 @@ def address(host: Host) -> str:
 def migrate(hosts: TwoHosts, pid: int, *options: str) -> Done:
     source, destination = hosts
     return source.run([*PHAUL, "migrate", str(pid), address(destination), *options], cwd=ROOT)
+
+
+def start_moving(hosts: TwoHosts, target: Target, directory: Path) -> tuple[HostProcess, Path]:
+    """A migration whose pages are on their way, and the file of its stderr."""
+    source, destination = hosts
+    err = directory / "err"
+    command = [*PHAUL, "migrate", str(target.pid), address(destination)]
+    moving = source.popen(command, stdout=directory / "out", stderr=err, cwd=ROOT)
+    wait_for(lambda: "staged" in err.read_text(), err)
+    return moving, err
 
 
 def test_a_program_moves(hosts: TwoHosts, agent: HostProcess) -> None:
@@ -133,14 +143,7 @@ def test_the_agent_dies_while_pages_move(hosts: TwoHosts, agent: HostProcess, tm
     source, destination = hosts
     with Target.start("beat", "256", "4000", "3", host=source) as target:
         before = visible_tree(target.outer_pid)
-        out, err = tmp_path / "out", tmp_path / "err"
-        moving = source.popen(
-            [*PHAUL, "migrate", str(target.pid), address(destination)],
-            stdout=out,
-            stderr=err,
-            cwd=ROOT,
-        )
-        wait_for(lambda: "staged" in err.read_text(), err)
+        moving, err = start_moving(hosts, target, tmp_path)
         agent.kill(signal.SIGKILL)
         assert moving.wait(30) == 9, err.read_text()
         assert "Traceback" not in err.read_text()
@@ -155,14 +158,7 @@ def test_ctrl_c_while_pages_move(hosts: TwoHosts, agent: HostProcess, tmp_path: 
     source, destination = hosts
     with Target.start("beat", "256", "4000", "3", host=source) as target:
         before = visible_tree(target.outer_pid)
-        out, err = tmp_path / "out", tmp_path / "err"
-        moving = source.popen(
-            [*PHAUL, "migrate", str(target.pid), address(destination)],
-            stdout=out,
-            stderr=err,
-            cwd=ROOT,
-        )
-        wait_for(lambda: "staged" in err.read_text(), err)
+        moving, err = start_moving(hosts, target, tmp_path)
         moving.kill(number)
         assert moving.wait(30) == 130, err.read_text()
         assert err.read_text().endswith("phaul: error: interrupted\n")
@@ -178,19 +174,7 @@ def test_ctrl_c_while_pages_move(hosts: TwoHosts, agent: HostProcess, tmp_path: 
 def test_a_threaded_python_program(hosts: TwoHosts, agent: HostProcess, tmp_path: Path) -> None:
     source, destination = hosts
     out = tmp_path / "out"
-    code = """
-import threading, time
-from itertools import count
-lock, numbers = threading.Lock(), count()
-def work():
-    while True:
-        with lock:
-            print(next(numbers), flush=True)
-        time.sleep(0.002)
-for _ in range(4):
-    threading.Thread(target=work).start()
-"""
-    program = source.popen([sys.executable, "-c", code], stdout=out, cwd="/")
+    program = source.popen([sys.executable, "-c", COUNTING], stdout=out, cwd="/")
     wait_for(lambda: out.read_text().count("\n") > 100, out)
     done = migrate(hosts, program.pid)
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 
 from phaul.engine.dump import Dump, DumpOptions, preflight
 from phaul.engine.imagedir import dump_to_directory, restore_from_directory
+from phaul.engine.inject import STOP_SIGNALS
 from phaul.engine.native import Parent
+from phaul.engine.proc import Proc
 from phaul.engine.restore import RestoreOptions
 from phaul.engine.thread import EngineThread
 from phaul.errors import CannotMove
@@ -122,3 +125,44 @@ def test_a_stopped_program_stays_stopped(engine: EngineThread, tmp_path: Path) -
             target.kill()
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(target.pid, 0)
+
+
+PENDING = """
+import os, signal, sys, time
+numbers = {numbers!r}
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+for number in numbers:
+    os.kill(os.getpid(), number)
+print("ready", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("numbers", [STOP_SIGNALS[:1], STOP_SIGNALS], ids=["one", "all"])
+def test_the_signals_that_end_batches_may_be_pending(
+    numbers: tuple[int, ...], engine: EngineThread, tmp_path: Path
+) -> None:
+    output, images = tmp_path / "output", tmp_path / "images"
+    images.mkdir()
+    with output.open("w") as stdout:
+        null = subprocess.DEVNULL
+        command = ["/usr/bin/python3", "-c", PENDING.format(numbers=numbers)]
+        process = subprocess.Popen(command, stdin=null, stdout=stdout, stderr=null, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 20
+        while not output.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        before = visible_tree(process.pid)
+        engine.call(dump_tree, process.pid, images)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(process.pid, 0)
+        engine.call(restore_tree, images)
+        assert difference(before, visible_tree(process.pid)) == []
+        assert Proc(process.pid).signal_set("ShdPnd") == sum(1 << number - 1 for number in numbers)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(process.pid, 0)
+        process.returncode = 0

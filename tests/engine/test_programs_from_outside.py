@@ -14,6 +14,7 @@ import pytest
 
 from phaul.engine.thread import EngineThread
 from tests.engine.test_dump_restore import dump_tree, restore_tree
+from tests.support.programs import COUNTING
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
@@ -65,20 +66,6 @@ def test_redis_goes_on(redis: tuple[int, Path], tmp_path: Path) -> None:
         assert client(socket, "SET", "after", "the move") == "OK"
         assert client(socket, "GET", "after") == "the move"
         assert f"process_id:{pid}" in client(socket, "INFO", "server")
-
-
-COUNTING = """
-import threading, time
-from itertools import count
-lock, numbers = threading.Lock(), count()
-def work():
-    while True:
-        with lock:
-            print(next(numbers), flush=True)
-        time.sleep(0.002)
-for _ in range(4):
-    threading.Thread(target=work).start()
-"""
 
 
 def wait_for_lines(output: Path, number: int) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from phaul.errors import ImageError
 from phaul.images import codec, pagemap
-from phaul.images.pagemap import PAGE_SIZE, PageEntry, PageFlags, PageMap, PageRange
+from phaul.images.pagemap import PAGE_SIZE, PageEntry, PageFlags, PageMap, PageRange, split
 from phaul.images.pb.pagemap_pb2 import pagemap_entry, pagemap_head
 
 LAZY, PARENT, PRESENT = PageFlags.LAZY, PageFlags.PARENT, PageFlags.PRESENT
@@ -138,3 +138,28 @@ def test_what_would_be_refused_is_not_built() -> None:
     overlapping = [PageEntry(PageRange(0x1000, 2)), PageEntry(PageRange(0x2000, 1))]
     with pytest.raises(ImageError, match=r"page map of pages-3\.img: 0x2000 lies before"):
         pagemap.build_pagemap(3, overlapping)
+
+
+big_ranges = st.lists(
+    st.builds(
+        lambda page, count: PageRange(page * PAGE_SIZE, count), st.integers(0, (1 << 35) - 1), st.integers(1, 5000)
+    ),
+    max_size=30,
+)
+
+
+@given(big_ranges, st.sampled_from([1, 3, 256, 1024]))
+def test_split_keeps_every_page_in_order(ranges: list[PageRange], pages: int) -> None:
+    chunks = list(split(ranges, pages * PAGE_SIZE, most=100))
+    for chunk in chunks:
+        assert 1 <= len(chunk) <= 100
+        assert sum(item.size for item in chunk) <= pages * PAGE_SIZE
+    for chunk in chunks[:-1]:
+        assert len(chunk) == 100 or sum(item.nr_pages for item in chunk) == pages
+    flat = [(item.vaddr + index * PAGE_SIZE) for chunk in chunks for item in chunk for index in range(item.nr_pages)]
+    assert flat == [item.vaddr + index * PAGE_SIZE for item in ranges for index in range(item.nr_pages)]
+
+
+def test_split_never_exceeds_the_number_of_ranges() -> None:
+    ranges = [PageRange(index * 2 * PAGE_SIZE, 1) for index in range(2500)]
+    assert [len(chunk) for chunk in split(ranges, 4 << 20)] == [1024, 1024, 452]

@@ -177,42 +177,6 @@ def test_totals_that_do_not_agree() -> None:
         accept(frames.pack_end(Totals(2, PAGE), 1), checker)
 
 
-big_ranges = st.lists(
-    st.builds(lambda page, count: PageRange(page * PAGE, count), page_numbers, st.integers(1, 5000)),
-    max_size=30,
-)
-
-
-@given(big_ranges, st.sampled_from([1, 3, 256, 1024]))
-def test_split_keeps_every_page_in_order(ranges: list[PageRange], pages: int) -> None:
-    chunks = list(frames.split(ranges, pages * PAGE))
-    for chunk in chunks:
-        assert 1 <= len(chunk) <= frames.MAX_RANGES
-        assert sum(item.size for item in chunk) <= pages * PAGE
-    # All but the last are full, or end where a huge page ends.
-    for chunk in chunks[:-1]:
-        full = sum(item.nr_pages for item in chunk) == pages
-        assert full or chunk[-1].end % (frames.HUGE_PAGES * PAGE) == 0
-    flat = [(item.vaddr + index * PAGE) for chunk in chunks for item in chunk for index in range(item.nr_pages)]
-    assert flat == [item.vaddr + index * PAGE for item in ranges for index in range(item.nr_pages)]
-
-
-def test_split_keeps_huge_pages_whole() -> None:
-    huge = frames.HUGE_PAGES * PAGE
-    chunks = list(frames.split([PageRange(5 * PAGE, 3), PageRange(huge - PAGE, 2049)], 2 * huge))
-    assert chunks == [
-        [PageRange(5 * PAGE, 3), PageRange(huge - PAGE, 513)],
-        [PageRange(2 * huge, 1024)],
-        [PageRange(4 * huge, 512)],
-    ]
-
-
-def test_split_never_exceeds_the_ranges_of_a_frame() -> None:
-    ranges = [PageRange(index * 2 * PAGE, 1) for index in range(2500)]
-    sizes = [len(chunk) for chunk in frames.split(ranges, frames.MAX_DATA)]
-    assert sizes == [1024, 1024, 452]
-
-
 @given(st.binary(min_size=16, max_size=16), st.integers(0, (1 << 32) - 1))
 def test_preambles_come_back(token: bytes, version: int) -> None:
     preamble = frames.Preamble(token, version)

@@ -91,6 +91,20 @@ RESTLESS: dict[str, tuple[str, ...]] = {
 }
 """What a program changes of its visible state by working: `ignore` for `visible.difference`."""
 
+COUNTING = """
+import threading, time
+from itertools import count
+lock, numbers = threading.Lock(), count()
+def work():
+    while True:
+        with lock:
+            print(next(numbers), flush=True)
+        time.sleep(0.002)
+for _ in range(4):
+    threading.Thread(target=work).start()
+"""
+"""A program of Python: four threads that write 0, 1, 2 ... to standard output, a line each."""
+
 _POLL = 0.002
 _SECONDS_TO_GO = 10
 _MARK = "PHAUL_TARGET"

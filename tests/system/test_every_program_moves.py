@@ -58,7 +58,7 @@ def settled(pair: TwoHosts, of: Target) -> list[int]:
 
 def cmdline(pair: TwoHosts, pid: int) -> bytes:
     try:
-        return Path(f"/proc/{pair.destination.init_pid}/root/proc/{pid}/cmdline").read_bytes()
+        return (pair.destination.proc / str(pid) / "cmdline").read_bytes()
     except OSError:
         return b""
 

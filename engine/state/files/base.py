@@ -25,7 +25,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeVar
 
 from phaul.engine import native
 from phaul.errors import CannotMove, DumpError, ImageError, NoSuchProcess, RestoreError
@@ -37,6 +37,8 @@ from phaul.images.pb.sk_packet_pb2 import sk_packet_entry
 if TYPE_CHECKING:
     from phaul.engine.batch import Batch
     from phaul.engine.sockdiag import UnixSocket
+
+T = TypeVar("T")
 
 # linux/fcntl.h; the fcntl module does not have them.
 F_SETSIG: Final = 10
@@ -455,6 +457,13 @@ class FileBuild:
         self._last: list[Callable[[], None]] = []
         self._on_resume: list[Callable[[], None]] = []
         self._on_abort: list[Callable[[], None]] = []
+
+    def part(self, maker: Callable[[FileBuild], T]) -> T:
+        """What `maker` makes of this build; made at the first call, kept for all others."""
+        if maker not in self.shared:
+            self.shared[maker] = maker(self)
+        made: T = self.shared[maker]
+        return made
 
     def path(self, name: str) -> str:
         """Where a path of the image is on this host."""

@@ -252,7 +252,7 @@ class InetSockets(FileKind):
         connected = is_tcp and isk.state not in (TCP_CLOSE, TCP_LISTEN)
         closed = connected and (build.options.tcp_close or build.images.one("inventory", inventory_entry).tcp_close)
         if connected and not closed:
-            _Connections.of(build).rebuild(isk, sock)
+            build.part(_Connections).rebuild(isk, sock)
         elif isk.src_port and not connected:
             self._bind(isk, sock)
         if isk.state == TCP_LISTEN:
@@ -301,14 +301,6 @@ def _explained(isk: inet_sk_entry, error: OSError) -> RestoreError:
 
 class _Connections:
     """All TCP connections of one restore: locked before the first is rebuilt, in repair mode until the tree runs."""
-
-    @classmethod
-    def of(cls, build: FileBuild) -> _Connections:
-        found = build.shared.get(cls)
-        if found is None:
-            found = build.shared[cls] = cls(build)
-        assert isinstance(found, cls)
-        return found
 
     def __init__(self, build: FileBuild) -> None:
         if not build.options.tcp_established:

@@ -236,10 +236,10 @@ class UnixSockets(FileKind):
     # Restore.
 
     def create(self, entry: file_entry, build: FileBuild) -> int:
-        return _Build.of(build).create(entry.usk)
+        return build.part(_Build).create(entry.usk)
 
     def finish(self, entry: file_entry, fd: int, build: FileBuild) -> None:
-        _Build.of(build).finish(entry.usk)
+        build.part(_Build).finish(entry.usk)
 
 
 class _Build:
@@ -248,14 +248,6 @@ class _Build:
     Pairs are made at once, the others as plain sockets. When all are there: names, listen, connections that wait in
     a listener, datagram connections; then queues, options, and what is shut down.
     """
-
-    @classmethod
-    def of(cls, build: FileBuild) -> _Build:
-        found = build.shared.get(cls)
-        if found is None:
-            found = build.shared[cls] = cls(build)
-        assert isinstance(found, cls)
-        return found
 
     def __init__(self, build: FileBuild) -> None:
         self.build = build
