@@ -36,7 +36,7 @@ def add_tree_options(parser: argparse.ArgumentParser) -> None:
         "-j",
         "--shell-job",
         action="store_true",
-        help="the tree may belong to a session or a terminal from outside",
+        help="the tree may belong to a session or process group from outside",
     )
     parser.add_argument(
         "--tcp-established",
